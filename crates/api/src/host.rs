@@ -1,0 +1,155 @@
+//! What the control process asks of a host process, over the host's unix socket.
+//!
+//! One connection carries one request: a line of JSON [`Envelope`], answered by a line of JSON
+//! [`Reply`]. After the reply to `Exec`, `Console` and `Display` the connection carries a stream:
+//! frames of [`crate::exec`], or raw bytes. After `Watch` it carries a line of JSON [`HostVm`] per change.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Error, VmId,
+    exec::Attach,
+    image::Image,
+    profile::Profile,
+    vm::{Figures, HostVm},
+};
+
+/// The version of this protocol. The host refuses any other by name.
+pub const VERSION: u32 = 1;
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Envelope {
+    pub version: u32,
+    pub request: Request,
+}
+
+/// A new VM. The id is chosen by the control process: asking twice starts one VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Launch {
+    pub id: VmId,
+    pub name: String,
+    pub image: Image,
+    pub profile: Profile,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StopMode {
+    /// Ask the guest; end it by force when it takes longer than this.
+    Graceful {
+        deadline_ms: u64,
+    },
+    Kill,
+}
+
+/// A file or directory inside a VM. Paths are bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FileRequest {
+    /// The client sends the content after the reply; the connection's end is the file's end.
+    Put {
+        path: Vec<u8>,
+        mode: u32,
+        size: u64,
+    },
+    /// The content follows the reply.
+    Get {
+        path: Vec<u8>,
+    },
+    List {
+        path: Vec<u8>,
+    },
+    MakeDirectory {
+        path: Vec<u8>,
+        mode: u32,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FileKind {
+    File,
+    Directory,
+    Link,
+    Other,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileEntry {
+    pub name: Vec<u8>,
+    pub kind: FileKind,
+    pub mode: u32,
+    pub size: u64,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Request {
+    /// Who are you?
+    Hello,
+    List,
+    /// Returns once the launch is recorded; `Watch` tells how it goes.
+    Launch(Box<Launch>),
+    Stop {
+        vm: VmId,
+        mode: StopMode,
+    },
+    /// Ends the VM if it runs, and removes what it left.
+    Remove {
+        vm: VmId,
+    },
+    Exec {
+        vm: VmId,
+        attach: Box<Attach>,
+    },
+    Console {
+        vm: VmId,
+    },
+    Display {
+        vm: VmId,
+    },
+    File {
+        vm: VmId,
+        request: FileRequest,
+    },
+    Figures {
+        vm: VmId,
+    },
+    Freeze {
+        vm: VmId,
+    },
+    Thaw {
+        vm: VmId,
+    },
+    /// The console's text so far.
+    Log {
+        vm: VmId,
+    },
+    Watch,
+    /// Leave, if no VM is left.
+    Exit,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Reply {
+    Hello {
+        version: u32,
+        pid: u32,
+        build: String,
+        accelerator: crate::vm::Accelerator,
+        accelerator_reason: String,
+    },
+    Done,
+    Vms(Vec<HostVm>),
+    /// The stream begins.
+    Stream,
+    Content {
+        mode: u32,
+        size: u64,
+    },
+    Entries(Vec<FileEntry>),
+    Figures(Figures),
+    Log {
+        text: Vec<u8>,
+        dropped_bytes: u64,
+    },
+    Refused(Error),
+}

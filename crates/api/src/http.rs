@@ -1,0 +1,114 @@
+//! The bodies of HTTP v1 that are no resource of their own.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, PipelineId, VmId, profile::Profile, vm::Accelerator};
+
+/// `GET /v1/server`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ServerView {
+    pub version: String,
+    pub control_pid: u32,
+    pub host_pid: Option<u32>,
+    /// Absent while the host process cannot be reached.
+    pub accelerator: Option<Accelerator>,
+    /// Why this accelerator: one plain line.
+    pub accelerator_reason: String,
+    pub data_directory: String,
+}
+
+/// `POST /v1/vms`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateVm {
+    /// Chosen by the client, so that a repeated request makes one VM.
+    pub id: VmId,
+    /// Made from the image's name when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    pub image: String,
+    pub profile: Profile,
+}
+
+/// `POST /v1/vms/{vm}/stop`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StopVm {
+    /// Ends the VM at once instead of asking its guest.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// A TOML file sent to the server: its text, the name for messages, the directory for paths inside it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SourceFile {
+    pub file: String,
+    pub text: String,
+    pub directory: String,
+}
+
+/// `POST /v1/images/build`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BuildImage {
+    pub recipe: SourceFile,
+    /// Fail rather than change the lock file.
+    #[serde(default)]
+    pub locked: bool,
+    /// Build even where an image of the same recipe is there.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// `POST /v1/images/import`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ImportImage {
+    /// An absolute path on the server's machine.
+    pub file: String,
+    pub name: String,
+}
+
+/// `POST /v1/pipelines`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RunPipeline {
+    /// Chosen by the client, so that a repeated request makes one run.
+    pub id: PipelineId,
+    pub pipeline: SourceFile,
+    /// An absolute path on the server's machine.
+    pub input: String,
+    /// An absolute path on the server's machine.
+    pub output: String,
+}
+
+/// A line of the answer to long work (`application/x-ndjson`): progress, then exactly one result.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Progress {
+    /// `done` of `total` units; 0 of 0 where the amount is not known.
+    Step {
+        phase: String,
+        done: u64,
+        total: u64,
+        bytes: bool,
+    },
+    /// A line for the user.
+    Note(String),
+    Image(Box<crate::image::Image>),
+    Failed(Error),
+}
+
+/// A file of a VM, as `GET /v1/vms/{vm}/files?list=true` tells it. Names as in [`crate::path_text`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct GuestFile {
+    pub name: String,
+    #[serde(default)]
+    pub name_escaped: bool,
+    /// `file`, `directory`, `link` or `other`.
+    pub kind: String,
+    pub mode: u32,
+    pub size: u64,
+}

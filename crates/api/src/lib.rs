@@ -1,0 +1,24 @@
+//! What crosses a boundary: typed ids, specifications, states, the types of HTTP v1 and of the
+//! host's socket, and the kinds of error.
+//!
+//! This crate has no input or output and no runtime; everything here is data and its validation.
+#![forbid(unsafe_code)]
+
+pub mod document;
+pub mod error;
+pub mod exec;
+pub mod host;
+pub mod http;
+pub mod id;
+pub mod image;
+pub mod name;
+pub mod path_text;
+pub mod pipeline;
+pub mod profile;
+pub mod recipe;
+pub mod size;
+pub mod vm;
+
+pub use error::{Error, ErrorKind, Location, Result};
+pub use id::{ExecId, PipelineId, VmId};
+pub use size::{ByteSize, TimeSpan};

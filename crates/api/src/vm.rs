@@ -1,0 +1,151 @@
+//! Virtual machines as clients see them.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{ByteSize, VmId, image::Boot, profile::Profile};
+
+/// What hardware runs the guest's instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Accelerator {
+    Kvm,
+    Tcg,
+}
+
+impl Accelerator {
+    pub fn name(self) -> &'static str {
+        match self {
+            Accelerator::Kvm => "kvm",
+            Accelerator::Tcg => "tcg",
+        }
+    }
+}
+
+/// What the user wants of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Intent {
+    Running,
+    Stopped,
+    Removed,
+}
+
+/// What is known of a VM. `Unknown` is an answer too: nobody may take it for dead.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case", tag = "state")]
+pub enum Observed {
+    /// Wanted, and not yet with the host.
+    Pending,
+    /// The host is bringing it up; `phase` says how far it is.
+    Starting { phase: String },
+    /// The agent answers; for an image without agent: QEMU runs.
+    Running,
+    /// It ended, on request or by itself.
+    Stopped { reason: String },
+    /// It could not be started, or was lost.
+    Failed { reason: String },
+    /// The host process cannot be asked, or cannot reach the VM; it may well be running.
+    Unknown { reason: String },
+}
+
+impl Observed {
+    pub fn name(&self) -> &'static str {
+        match self {
+            Observed::Pending => "pending",
+            Observed::Starting { .. } => "starting",
+            Observed::Running => "running",
+            Observed::Stopped { .. } => "stopped",
+            Observed::Failed { .. } => "failed",
+            Observed::Unknown { .. } => "unknown",
+        }
+    }
+
+    /// The detail behind the name: a phase or a reason.
+    pub fn detail(&self) -> &str {
+        match self {
+            Observed::Pending | Observed::Running => "",
+            Observed::Starting { phase } => phase,
+            Observed::Stopped { reason } | Observed::Failed { reason } | Observed::Unknown { reason } => reason,
+        }
+    }
+}
+
+/// One limit of a VM, and whether the machine enforces it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Limit {
+    /// `memory`, `cpu`, `processes`, `sandbox`, `user`.
+    pub name: String,
+    pub value: String,
+    /// `enforced`, or `not enforced: ` and the reason.
+    pub enforcement: String,
+}
+
+/// What the guest says of itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct GuestView {
+    pub agent_version: String,
+    pub kernel: String,
+    pub host_name: String,
+    pub boot_id: String,
+    /// Whether the agent is process 1.
+    pub agent_is_init: bool,
+}
+
+/// Where the time of a start went, in microseconds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PhaseTime {
+    pub phase: String,
+    pub microseconds: u64,
+}
+
+/// A VM on its host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct HostVm {
+    pub id: VmId,
+    pub name: String,
+    pub observed: Observed,
+    pub pid: Option<u32>,
+    pub accelerator: Accelerator,
+    pub boot: Boot,
+    pub limits: Vec<Limit>,
+    pub guest: Option<GuestView>,
+    pub start_times: Vec<PhaseTime>,
+    /// Host memory held by the VM's process.
+    pub resident: Option<ByteSize>,
+    pub cpu_milliseconds: Option<u64>,
+    /// How often the host process found this VM running after its own restart.
+    pub adoptions: u32,
+}
+
+/// A VM: what is wanted and what is known.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct VmView {
+    pub id: VmId,
+    pub name: String,
+    pub image: String,
+    pub profile: Profile,
+    pub intent: Intent,
+    #[serde(flatten)]
+    pub observed: Observed,
+    /// The pipeline that made it, and removes it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pipeline: Option<String>,
+    /// The row's version; give it back as If-Match.
+    pub version: u64,
+    /// Seconds since 1970.
+    pub created_s: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_host: Option<HostVm>,
+}
+
+/// Figures of a running guest, as its agent reads them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Figures {
+    pub uptime_ms: u64,
+    /// Load average of one minute, times 100.
+    pub load_hundredths: u32,
+    pub memory_total: u64,
+    pub memory_available: u64,
+    pub processes: u32,
+}
