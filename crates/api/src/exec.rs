@@ -114,6 +114,9 @@ pub enum Frame {
     Exit(Exit),
     /// Host to client, last: the session failed.
     Failed(Error),
+    /// Client to host: the user went away. The command is ended, as a terminal's hang-up does; without
+    /// this frame a lost connection only means that the client will come back.
+    Hangup,
 }
 
 impl Frame {
@@ -129,6 +132,7 @@ impl Frame {
             Frame::Resize(_) => 8,
             Frame::Exit(_) => 9,
             Frame::Failed(_) => 10,
+            Frame::Hangup => 11,
         }
     }
 
@@ -139,7 +143,7 @@ impl Frame {
         out.extend([0; 4]);
         match self {
             Frame::Stdin(data) | Frame::Stdout(data) | Frame::Stderr(data) => out.extend(data),
-            Frame::StdinEnd => {}
+            Frame::StdinEnd | Frame::Hangup => {}
             Frame::OutputReceived { stdout, stderr } => {
                 out.extend(stdout.to_le_bytes());
                 out.extend(stderr.to_le_bytes());
@@ -190,6 +194,7 @@ impl Frame {
             8 => Frame::Resize(TerminalSize { rows: half(0).ok_or_else(wrong)?, columns: half(2).ok_or_else(wrong)? }),
             9 => Frame::Exit(serde_json::from_slice(payload).map_err(|_| wrong())?),
             10 => Frame::Failed(serde_json::from_slice(payload).map_err(|_| wrong())?),
+            11 => Frame::Hangup,
             _ => return Err(wrong()),
         };
         Ok(Some((frame, 5 + length)))

@@ -1,8 +1,9 @@
 //! What the control process asks of a host process, over the host's unix socket.
 //!
-//! One connection carries one request: a line of JSON [`Envelope`], answered by a line of JSON
-//! [`Reply`]. After the reply to `Exec`, `Console` and `Display` the connection carries a stream:
-//! frames of [`crate::exec`], or raw bytes. After `Watch` it carries a line of JSON [`HostVm`] per change.
+//! One connection carries one request: an [`Envelope`], answered by a [`Reply`]. A message is its
+//! length (u32, little-endian) and then JSON. After the reply to `Exec`, `Console` and `Display` the
+//! connection carries a stream: frames of [`crate::exec`], or raw bytes. After `Watch` it carries a
+//! [`HostVm`] message for every change.
 
 use serde::{Deserialize, Serialize};
 
@@ -29,6 +30,8 @@ pub struct Launch {
     pub id: VmId,
     pub name: String,
     pub image: Image,
+    /// The directory with the image's files. They are linked or copied before the VM starts.
+    pub image_directory: String,
     pub profile: Profile,
 }
 
@@ -119,6 +122,8 @@ pub enum Request {
     Thaw {
         vm: VmId,
     },
+    /// Ends every command that runs in the VM through a session.
+    EndSessions { vm: VmId },
     /// The console's text so far.
     Log {
         vm: VmId,

@@ -55,10 +55,15 @@ impl Image {
 /// A line of `burgeon image ls`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ImageView {
-    #[serde(flatten)]
-    pub image: Image,
+    pub name: String,
+    /// Absent for a broken one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<Image>,
     /// Bytes that the image takes on disk.
     pub stored: ByteSize,
+    /// What is wrong with it, if anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
     /// Names of the VMs made from it.
     pub used_by: Vec<String>,
 }

@@ -1,0 +1,269 @@
+//! What the command line takes. The comments are the help.
+
+use std::path::PathBuf;
+
+use burgeon_api::TimeSpan;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// A private cloud of forkable virtual machines on Linux machines that you own.
+#[derive(Debug, Parser)]
+#[command(name = "burgeon", version, max_term_width = 100, disable_help_subcommand = true)]
+pub struct Arguments {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct Global {
+    /// Where everything is kept; $XDG_DATA_HOME/burgeon when absent
+    #[arg(long, global = true, env = "BURGEON_DATA", value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// How results are shown
+    #[arg(long, short = 'o', global = true, value_enum, default_value_t = Format::Table)]
+    pub output: Format,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Table,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a pipeline over the files of a directory
+    Run(RunArguments),
+    /// List VMs
+    Ps(ListArguments),
+    /// Run a command in a VM
+    Exec(ExecArguments),
+    /// Open a shell in a VM
+    Shell(ShellArguments),
+    /// Show what a VM wrote to its console
+    Logs(VmName),
+    /// Virtual machines
+    #[command(subcommand)]
+    Vm(VmCommand),
+    /// Images that VMs are made from
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Runs of pipelines
+    #[command(subcommand)]
+    Pipeline(PipelineCommand),
+    /// Check what this machine lacks, and say how to mend it
+    Doctor,
+    /// Show every setting and where it comes from
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Run the host and the control process of this machine
+    Serve(ServeArguments),
+    /// Run the host process alone
+    #[command(hide = true)]
+    Host,
+    /// Run the control process alone
+    #[command(hide = true)]
+    Control(ServeArguments),
+    /// Print completions for a shell
+    Completions { shell: clap_complete::Shell },
+    /// Write manual pages to a directory
+    Man { directory: PathBuf },
+    /// Print the JSON Schema of a file that users write, or the OpenAPI document
+    Schema {
+        #[arg(value_enum)]
+        what: SchemaName,
+    },
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum SchemaName {
+    Recipe,
+    Pipeline,
+    Profile,
+    Report,
+    Openapi,
+}
+
+#[derive(Debug, Args)]
+pub struct RunArguments {
+    /// The pipeline file (TOML)
+    pub file: PathBuf,
+    /// Directory with the files to work on
+    #[arg(long, short)]
+    pub input: PathBuf,
+    /// Directory for the report; <pipeline>-out when absent
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct ListArguments {
+    /// Names only
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct VmName {
+    /// Name or id
+    pub vm: String,
+}
+
+#[derive(Debug, Args)]
+pub struct ExecArguments {
+    /// Name or id
+    pub vm: String,
+    /// The command and its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<String>,
+    /// Set a variable of the environment
+    #[arg(long, short, value_name = "NAME=VALUE")]
+    pub env: Vec<String>,
+    /// Working directory
+    #[arg(long, short = 'w', value_name = "DIR")]
+    pub cwd: Option<String>,
+    /// User name or number; root when absent
+    #[arg(long, short)]
+    pub user: Option<String>,
+    /// Give the command a terminal
+    #[arg(long, short)]
+    pub tty: bool,
+    /// Kill the command after this time (exit code 124)
+    #[arg(long, value_name = "TIME")]
+    pub time_limit: Option<TimeSpan>,
+}
+
+#[derive(Debug, Args)]
+pub struct ShellArguments {
+    /// Name or id
+    pub vm: String,
+    /// User name or number; root when absent
+    #[arg(long, short)]
+    pub user: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum VmCommand {
+    /// Create a VM from an image and start it
+    Create {
+        image: String,
+        /// Its name, and host name; made from the image's name when absent
+        #[arg(long, short)]
+        name: Option<String>,
+        /// A built-in profile (default, tiny, worker, desktop) or a TOML file
+        #[arg(long, short, default_value = "default")]
+        profile: String,
+        /// Do not wait until it runs
+        #[arg(long)]
+        no_wait: bool,
+    },
+    /// List VMs
+    Ls(ListArguments),
+    /// Show everything about a VM
+    Show {
+        vm: String,
+        /// Show where the time of its start went
+        #[arg(long)]
+        timing: bool,
+    },
+    /// Run a command in a VM
+    Exec(ExecArguments),
+    /// Open a shell in a VM
+    Shell(ShellArguments),
+    /// Join a VM's serial console; Ctrl-] leaves
+    Console(VmName),
+    /// Offer a VM's screen by VNC on a unix socket
+    Display {
+        vm: String,
+        /// The socket to make; in the data directory when absent
+        #[arg(long)]
+        socket: Option<PathBuf>,
+    },
+    /// Log in with ssh, through the agent's channel; the image needs an OpenSSH server
+    Ssh {
+        vm: String,
+        /// Arguments for ssh
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Copy files to or from a VM: one side is VM:PATH
+    Cp {
+        from: String,
+        to: String,
+        /// Copy directories with all they hold
+        #[arg(long, short)]
+        recursive: bool,
+    },
+    /// Ask a VM to power off
+    Stop {
+        #[arg(required = true)]
+        vms: Vec<String>,
+        /// End it at once
+        #[arg(long, short)]
+        force: bool,
+    },
+    /// End VMs and remove all of them
+    Rm {
+        #[arg(required = true)]
+        vms: Vec<String>,
+        /// No complaint about VMs that are not there
+        #[arg(long, short)]
+        force: bool,
+    },
+    /// Show what a VM wrote to its console
+    Logs(VmName),
+    /// Freeze everything in the guest but its agent
+    Freeze(VmName),
+    /// Let a frozen guest go on
+    Thaw(VmName),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    /// Build an image from a recipe
+    Build {
+        /// The recipe (TOML)
+        recipe: PathBuf,
+        /// Fail rather than change the lock file
+        #[arg(long)]
+        locked: bool,
+        /// Build even if an image of the same recipe is there
+        #[arg(long)]
+        force: bool,
+    },
+    /// Make an image of a raw, qcow2 or tar file
+    Import { file: PathBuf, name: String },
+    /// List images
+    Ls(ListArguments),
+    /// Show everything about an image
+    Show { image: String },
+    /// Remove images; VMs made from them go on
+    Rm {
+        #[arg(required = true)]
+        images: Vec<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum PipelineCommand {
+    /// List runs
+    Ls(ListArguments),
+    /// Show a run
+    Show { run: String },
+    /// End a run and remove its VMs
+    Cancel { run: String },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Show every setting and where it comes from
+    Show,
+}
+
+#[derive(Debug, Args)]
+pub struct ServeArguments {
+    /// Leave after this time without any use
+    #[arg(long, value_name = "TIME")]
+    pub idle_exit: Option<TimeSpan>,
+}

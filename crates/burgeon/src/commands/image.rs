@@ -1,0 +1,140 @@
+//! Images.
+
+use std::path::Path;
+
+use burgeon_api::{
+    Error, Result,
+    http::{BuildImage, ImportImage, Progress, SourceFile},
+    image::{Boot, Image, ImageView},
+};
+
+use super::{Context, vm::now_s};
+use crate::{
+    arguments::ImageCommand,
+    client::{Lines, escape},
+    output,
+    progress::BuildProgress,
+};
+
+pub(super) async fn run(context: &Context, command: ImageCommand) -> Result<u8> {
+    match command {
+        ImageCommand::Build { recipe, locked, force } => {
+            let request = BuildImage { recipe: source(&recipe)?, locked, force };
+            let lines = context.client()?.lines("/v1/images/build", Some(&request)).await?;
+            follow(context, lines).await
+        }
+        ImageCommand::Import { file, name } => {
+            let file = std::fs::canonicalize(&file).map_err(|error| Error::io(format!("read {}", file.display()), &error))?;
+            let file = file.to_str().ok_or_else(|| Error::invalid("the file's path is not UTF-8"))?.to_string();
+            let lines = context.client()?.lines("/v1/images/import", Some(&ImportImage { file, name })).await?;
+            follow(context, lines).await
+        }
+        ImageCommand::Ls(arguments) => list(context, arguments.quiet).await,
+        ImageCommand::Show { image } => show(context, &image).await,
+        ImageCommand::Rm { images } => {
+            let client = context.client()?;
+            for image in images {
+                client.delete(&format!("/v1/images/{}", escape(&image))).await?;
+            }
+            Ok(0)
+        }
+    }
+}
+
+/// A TOML file with what the server needs to know of where it lies.
+pub(super) fn source(file: &Path) -> Result<SourceFile> {
+    let name = file.display().to_string();
+    let text = std::fs::read_to_string(file).map_err(|error| Error::io(format!("read {name}"), &error))?;
+    let absolute = std::path::absolute(file).map_err(|error| Error::io(format!("find {name}"), &error))?;
+    let directory = absolute.parent().unwrap_or(Path::new("/")).to_str().map(ToString::to_string);
+    let directory = directory.ok_or_else(|| Error::invalid(format!("the path of {name} is not UTF-8")))?;
+    Ok(SourceFile { file: name, text, directory })
+}
+
+async fn follow(context: &Context, mut lines: Lines<Progress>) -> Result<u8> {
+    let mut progress = BuildProgress::new();
+    loop {
+        match lines.next().await? {
+            Some(Progress::Image(image)) => {
+                let took = progress.finish();
+                return finish(context, &image, took);
+            }
+            Some(Progress::Failed(error)) => {
+                progress.finish();
+                return Err(error);
+            }
+            Some(step) => progress.show(&step),
+            None => return Err(Error::unavailable("the server broke off").with_hint("ask again: what is done is cached")),
+        }
+    }
+}
+
+fn finish(context: &Context, image: &Image, took: std::time::Duration) -> Result<u8> {
+    if context.json {
+        output::json(image)?;
+    } else {
+        output::note(&format!("image {} is ready ({:.1} s)", image.name, took.as_secs_f64()));
+        output::print(&format!("{}\n", image.name));
+    }
+    Ok(0)
+}
+
+fn kind(image: &Image) -> &'static str {
+    match (image.boot, image.disk) {
+        (Boot::Firmware, _) => "foreign disk",
+        (Boot::Agent, Some(_)) => "disk",
+        (Boot::Agent, None) => "initramfs",
+    }
+}
+
+async fn list(context: &Context, quiet: bool) -> Result<u8> {
+    let images: Vec<ImageView> = context.client()?.get("/v1/images").await?;
+    if context.json {
+        output::json(&images)?;
+    } else if quiet {
+        output::print(&images.iter().map(|view| format!("{}\n", view.name)).collect::<String>());
+    } else {
+        let now = now_s();
+        let rows = images
+            .iter()
+            .map(|view| {
+                let image = view.image.as_ref();
+                vec![
+                    view.name.clone(),
+                    image.map_or("broken", kind).to_string(),
+                    view.stored.to_string(),
+                    image.and_then(|image| image.digest.get(..12)).unwrap_or_default().to_string(),
+                    image.map(|image| output::age(now.saturating_sub(image.created_s))).unwrap_or_default(),
+                    view.used_by.len().to_string(),
+                    view.problem.clone().or(image.map(|image| image.description.clone())).unwrap_or_default(),
+                ]
+            })
+            .collect();
+        output::table(&["name", "kind", "stored", "digest", "age", "VMs", "description"], rows);
+    }
+    Ok(0)
+}
+
+async fn show(context: &Context, image: &str) -> Result<u8> {
+    let view: ImageView = context.client()?.get(&format!("/v1/images/{}", escape(image))).await?;
+    if context.json {
+        output::json(&view)?;
+        return Ok(0);
+    }
+    let Some(image) = &view.image else {
+        return Err(Error::damaged(view.problem.unwrap_or_default()));
+    };
+    output::pairs(&[
+        ("name", image.name.clone()),
+        ("description", image.description.clone()),
+        ("kind", kind(image).to_string()),
+        ("digest", image.digest.clone()),
+        ("recipe", image.recipe.clone()),
+        ("kernel", image.kernel_release.clone()),
+        ("disk", image.disk.map(|size| size.to_string()).unwrap_or_else(|| "none".into())),
+        ("init", image.init.clone()),
+        ("stored", view.stored.to_string()),
+        ("used by", view.used_by.join(", ")),
+    ]);
+    Ok(0)
+}

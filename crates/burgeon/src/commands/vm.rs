@@ -1,0 +1,340 @@
+//! Virtual machines.
+
+use std::path::PathBuf;
+
+use burgeon_api::{
+    Error, Result, VmId,
+    document::Document,
+    http::{CreateVm, ServerView, StopVm},
+    profile::Profile,
+    vm::{Accelerator, Observed, VmView},
+};
+use http_body_util::BodyExt;
+use serde_json::json;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixListener,
+};
+
+use super::{Context, copy};
+use crate::{
+    arguments::{VmCommand, VmName},
+    client::{Client, escape},
+    output, terminal,
+};
+
+pub(super) async fn run(context: &Context, command: VmCommand) -> Result<u8> {
+    match command {
+        VmCommand::Create { image, name, profile, no_wait } => create(context, image, name, &profile, !no_wait).await,
+        VmCommand::Show { vm, timing } => show(context, &vm, timing).await,
+        VmCommand::Console(VmName { vm }) => console(context, &vm).await,
+        VmCommand::Display { vm, socket } => display(context, &vm, socket).await,
+        VmCommand::Ssh { vm, arguments } => ssh(context, &vm, &arguments).await,
+        VmCommand::Cp { from, to, recursive } => copy::copy(&context.client()?, &from, &to, recursive).await,
+        VmCommand::Stop { vms, force } => stop(context, &vms, force).await,
+        VmCommand::Rm { vms, force } => remove(context, &vms, force).await,
+        VmCommand::Freeze(VmName { vm }) => verb(context, &vm, "freeze").await,
+        VmCommand::Thaw(VmName { vm }) => verb(context, &vm, "thaw").await,
+        // These have short forms, and are met before.
+        VmCommand::Ls(_) | VmCommand::Exec(_) | VmCommand::Shell(_) | VmCommand::Logs(_) => Ok(2),
+    }
+}
+
+fn path(vm: &str) -> String {
+    format!("/v1/vms/{}", escape(vm))
+}
+
+fn read_profile(text: &str) -> Result<Profile> {
+    if !text.contains('/') && !text.ends_with(".toml") {
+        return Profile::named(text);
+    }
+    let content = std::fs::read_to_string(text).map_err(|error| Error::io(format!("read the profile {text}"), &error))?;
+    let document = Document::new(text, content);
+    let profile: Profile = document.parse()?;
+    profile.check().map_err(|(key, error)| document.locate(&[key.into()], error))?;
+    Ok(profile)
+}
+
+async fn create(context: &Context, image: String, name: Option<String>, profile: &str, wait: bool) -> Result<u8> {
+    let mut profile = read_profile(profile)?;
+    let client = context.client()?;
+    let about: burgeon_api::image::ImageView = client.get(&format!("/v1/images/{}", escape(&image))).await?;
+    if about.image.is_some_and(|image| image.disk.is_none()) {
+        // An image without a disk has no init of its own to start.
+        profile.init = burgeon_api::profile::Init::None;
+    }
+    let request = CreateVm { id: VmId::generate(), name, image, profile };
+    let vm: VmView = client.post("/v1/vms", &request).await?;
+    let vm = if wait { wait_until_up(&client, &vm).await? } else { vm };
+    if context.json {
+        output::json(&vm)?;
+    } else {
+        output::print(&format!("{}\n", vm.name));
+    }
+    Ok(0)
+}
+
+async fn wait_until_up(client: &Client, vm: &VmView) -> Result<VmView> {
+    let up: VmView = client.get(&format!("{}/wait", path(&vm.id.to_string()))).await?;
+    match &up.observed {
+        Observed::Failed { reason } | Observed::Stopped { reason } => {
+            let error = Error::unavailable(format!("VM {} did not come up: {reason}", up.name));
+            // Nothing half-made stays behind; its console is told in the reason.
+            client.delete(&path(&up.id.to_string())).await?;
+            Err(error)
+        }
+        _ => {
+            tell_accelerator(client, &up).await?;
+            Ok(up)
+        }
+    }
+}
+
+async fn tell_accelerator(client: &Client, vm: &VmView) -> Result<()> {
+    if vm.on_host.as_ref().is_some_and(|host| host.accelerator == Accelerator::Tcg) {
+        let server: ServerView = client.get("/v1/server").await?;
+        output::note(&format!("emulated, without KVM: {}", server.accelerator_reason));
+    }
+    Ok(())
+}
+
+pub(super) async fn list(context: &Context, quiet: bool) -> Result<u8> {
+    let vms: Vec<VmView> = context.client()?.get("/v1/vms").await?;
+    if context.json {
+        output::json(&vms)?;
+    } else if quiet {
+        output::print(&vms.iter().map(|vm| format!("{}\n", vm.name)).collect::<String>());
+    } else {
+        let now = now_s();
+        let rows = vms
+            .iter()
+            .map(|vm| {
+                let host = vm.on_host.as_ref();
+                vec![
+                    vm.name.clone(),
+                    vm.observed.name().to_string(),
+                    vm.image.clone(),
+                    format!("{:#}", vm.profile.memory),
+                    vm.profile.cpus.to_string(),
+                    host.map(|host| host.accelerator.name().to_string()).unwrap_or_default(),
+                    host.and_then(|host| host.pid).map(|pid| pid.to_string()).unwrap_or_default(),
+                    output::age(now.saturating_sub(vm.created_s)),
+                    vm.observed.detail().to_string(),
+                ]
+            })
+            .collect();
+        output::table(&["name", "state", "image", "memory", "cpus", "accel", "pid", "age", "detail"], rows);
+    }
+    Ok(0)
+}
+
+#[expect(clippy::disallowed_methods, reason = "ages in tables are told against the user's clock")]
+pub(super) fn now_s() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+async fn show(context: &Context, vm: &str, timing: bool) -> Result<u8> {
+    let client = context.client()?;
+    let view: VmView = client.get(&path(vm)).await?;
+    if context.json {
+        output::json(&view)?;
+        return Ok(0);
+    }
+    let host = view.on_host.as_ref();
+    if timing {
+        let times = host.map(|host| host.start_times.clone()).unwrap_or_default();
+        let rows = times.iter().map(|time| vec![time.phase.clone(), format!("{:.1} ms", micro(time.microseconds))]).collect();
+        output::table(&["phase", "time"], rows);
+        return Ok(0);
+    }
+    let mut lines = vec![
+        ("name", view.name.clone()),
+        ("id", view.id.to_string()),
+        ("state", format!("{} {}", view.observed.name(), view.observed.detail()).trim_end().to_string()),
+        ("image", view.image.clone()),
+        ("memory", format!("{:#}", view.profile.memory)),
+        ("cpus", view.profile.cpus.to_string()),
+        ("network", format!("{:?}", view.profile.network).to_lowercase()),
+        ("display", if view.profile.display { "yes" } else { "no" }.to_string()),
+        ("version", view.version.to_string()),
+    ];
+    if let Some(pipeline) = &view.pipeline {
+        lines.push(("pipeline", pipeline.clone()));
+    }
+    if let Some(host) = host {
+        lines.push(("accelerator", host.accelerator.name().to_string()));
+        lines.push(("pid", host.pid.map(|pid| pid.to_string()).unwrap_or_default()));
+        lines.push(("resident", host.resident.map(|size| size.to_string()).unwrap_or_default()));
+        lines.push(("cpu time", host.cpu_milliseconds.map(output::time).unwrap_or_default()));
+        lines.push(("adoptions", host.adoptions.to_string()));
+        if let Some(guest) = &host.guest {
+            lines.push(("kernel", guest.kernel.clone()));
+            lines.push(("agent", guest.agent_version.clone()));
+            lines.push(("boot id", guest.boot_id.clone()));
+        }
+    }
+    output::pairs(&lines);
+    if let Some(host) = host {
+        output::print("\n");
+        let rows = host.limits.iter().map(|limit| vec![limit.name.clone(), limit.value.clone(), limit.enforcement.clone()]).collect();
+        output::table(&["limit", "value", "enforcement"], rows);
+    }
+    Ok(0)
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a time for people")]
+fn micro(microseconds: u64) -> f64 {
+    microseconds as f64 / 1000.0
+}
+
+pub(super) async fn logs(context: &Context, vm: &str) -> Result<u8> {
+    let response = context.client()?.get_raw(&format!("{}/log", path(vm))).await?;
+    let body = response
+        .into_body()
+        .collect()
+        .await
+        .map_err(|error| Error::unavailable(format!("the server broke off: {error}")))?;
+    // The guest's own bytes may hold escapes for the terminal; only text and line ends go out.
+    let text = String::from_utf8_lossy(&body.to_bytes()).into_owned();
+    let clean: String = text.chars().filter(|c| *c == '\n' || *c == '\t' || !c.is_control()).collect();
+    output::print(&clean);
+    Ok(0)
+}
+
+async fn verb(context: &Context, vm: &str, verb: &str) -> Result<u8> {
+    context.client()?.post::<()>(&format!("{}/{verb}", path(vm)), &json!({})).await?;
+    Ok(0)
+}
+
+async fn stop(context: &Context, vms: &[String], force: bool) -> Result<u8> {
+    let client = context.client()?;
+    for vm in vms {
+        let _: VmView = client.post(&format!("{}/stop", path(vm)), &StopVm { force }).await?;
+    }
+    Ok(0)
+}
+
+async fn remove(context: &Context, vms: &[String], force: bool) -> Result<u8> {
+    let client = context.client()?;
+    let mut code = 0;
+    for vm in vms {
+        match client.delete(&path(vm)).await {
+            Err(error) if force && error.kind == burgeon_api::ErrorKind::NotFound => {}
+            Err(error) => {
+                output::fail(&error);
+                code = 1;
+            }
+            Ok(()) => {}
+        }
+    }
+    Ok(code)
+}
+
+async fn console(context: &Context, vm: &str) -> Result<u8> {
+    let mut stream = context.client()?.upgrade(&format!("{}/console", path(vm))).await?;
+    output::note("joined the console; Ctrl-] leaves");
+    let raw = terminal::Raw::enter();
+    let (mut input, mut typed, mut said) = (tokio::io::stdin(), [0; 1024], vec![0; 16 << 10]);
+    let mut open = true;
+    loop {
+        tokio::select! {
+            count = stream.read(&mut said) => match count {
+                Ok(count @ 1..) => {
+                    use std::io::Write;
+                    let mut out = std::io::stdout().lock();
+                    if out.write_all(&said[..count]).and_then(|()| out.flush()).is_err() {
+                        break;
+                    }
+                }
+                _ => break,
+            },
+            count = input.read(&mut typed), if open => match count {
+                Ok(count @ 1..) => {
+                    if typed[..count].contains(&0x1d) || stream.write_all(&typed[..count]).await.is_err() {
+                        break;
+                    }
+                }
+                _ => open = false,
+            },
+        }
+    }
+    drop(raw);
+    output::note("");
+    Ok(0)
+}
+
+async fn display(context: &Context, vm: &str, socket: Option<PathBuf>) -> Result<u8> {
+    let client = context.client()?;
+    let view: VmView = client.get(&path(vm)).await?;
+    // Refusals come before the socket is made.
+    drop(client.upgrade(&format!("{}/display", path(vm))).await?);
+    let socket = socket.unwrap_or_else(|| context.data.join(format!("{}.vnc", view.id.short())));
+    let listener =
+        UnixListener::bind(&socket).map_err(|error| Error::io(format!("listen on {}", socket.display()), &error))?;
+    let _remove = RemoveOnDrop(socket.clone());
+    output::print(&format!("{}\n", socket.display()));
+    output::note("VNC clients may connect there; Ctrl-C ends it");
+    let ended = tokio::signal::ctrl_c();
+    tokio::pin!(ended);
+    loop {
+        tokio::select! {
+            _ = &mut ended => return Ok(0),
+            accepted = listener.accept() => {
+                let (mut viewer, _) = accepted.map_err(|error| Error::io("accept a viewer", &error))?;
+                let (client, path) = (client.clone(), format!("{}/display", path(vm)));
+                tokio::spawn(async move {
+                    if let Ok(mut screen) = client.upgrade(&path).await {
+                        // Either side may leave.
+                        drop(tokio::io::copy_bidirectional(&mut viewer, &mut screen).await);
+                    }
+                });
+            }
+        }
+    }
+}
+
+struct RemoveOnDrop(PathBuf);
+
+impl Drop for RemoveOnDrop {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.0) {
+            tracing::debug!(%error, "the socket stays");
+        }
+    }
+}
+
+async fn ssh(context: &Context, vm: &str, arguments: &[String]) -> Result<u8> {
+    let client = context.client()?;
+    let view: VmView = client.get(&path(vm)).await?;
+    let key = ["id_ed25519.pub", "id_ecdsa.pub", "id_rsa.pub"]
+        .iter()
+        .filter_map(|name| Some(PathBuf::from(std::env::var_os("HOME")?).join(".ssh").join(name)))
+        .find_map(|file| std::fs::read(file).ok())
+        .ok_or_else(|| Error::not_found("there is no ssh key of yours").with_hint("make one: ssh-keygen -t ed25519"))?;
+    copy::put_bytes(&client, vm, "/run/burgeon/authorized_keys", "0600", key.into()).await?;
+    let program = std::env::current_exe().map_err(|error| Error::io("find this program", &error))?;
+    let quote = |text: &str| format!("'{}'", text.replace('\'', "'\\''").replace('%', "%%"));
+    let server = "mkdir -p /run/sshd && exec /usr/sbin/sshd -i -o AuthorizedKeysFile=/run/burgeon/authorized_keys -o PermitRootLogin=prohibit-password -o UsePAM=no";
+    let proxy = format!(
+        "{} --data {} exec {} -- /bin/sh -c {}",
+        quote(&program.display().to_string()),
+        quote(&context.data.display().to_string()),
+        quote(&view.id.to_string()),
+        quote(server)
+    );
+    let known = context.data.join("known_hosts");
+    let status = tokio::process::Command::new("ssh")
+        .arg("-o")
+        .arg(format!("ProxyCommand={proxy}"))
+        .arg("-o")
+        .arg(format!("UserKnownHostsFile={}", known.display()))
+        .args(["-o", "StrictHostKeyChecking=accept-new", "-o"])
+        .arg(format!("HostKeyAlias=burgeon-{}", view.id))
+        .args(["-l", "root"])
+        .arg(&view.name)
+        .args(arguments)
+        .status()
+        .await
+        .map_err(|error| Error::io("run ssh", &error).with_hint("apt-get install openssh-client"))?;
+    Ok(u8::try_from(status.code().unwrap_or(255) & 0xff).unwrap_or(255))
+}

@@ -1,0 +1,32 @@
+//! The command line of Burgeon, a client of its HTTP API, and the entry points of the host and control processes.
+#![deny(unsafe_code)]
+
+mod arguments;
+mod client;
+mod commands;
+mod output;
+mod progress;
+mod terminal;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+pub use arguments::Arguments;
+
+/// Runs the command line to its exit code: 0 done, 1 failed or refused, 2 wrong use; commands that run
+/// something in a guest pass on its code.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return output::fail(&burgeon_api::Error::io("start", &error)),
+    };
+    let outcome = runtime.block_on(commands::run(arguments));
+    // A read of standard input may still wait in a thread of its own; it must not keep us.
+    runtime.shutdown_background();
+    match outcome {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => output::fail(&error),
+    }
+}

@@ -1,0 +1,77 @@
+//! Images.
+
+use axum::{
+    Json,
+    extract::{Path, State},
+    response::Response,
+};
+use burgeon_api::{
+    ByteSize, Error,
+    http::{BuildImage, ImportImage, Progress},
+    image::ImageView,
+};
+
+use burgeon_image::Stored;
+
+use super::{Answer, Routes, lines};
+use crate::state::{Busy, Shared, blocking};
+
+pub(super) fn add(routes: &mut Routes) {
+    let (one, many, progress) =
+        (routes.schema::<ImageView>(), routes.schema::<Vec<ImageView>>(), routes.schema::<Progress>());
+    let (build_body, import_body) = (routes.schema::<BuildImage>(), routes.schema::<ImportImage>());
+    routes.add("get", "/v1/images", "All images", list).gives(many);
+    routes.add("get", "/v1/images/{image}", "One image", show).gives(one);
+    routes.add("delete", "/v1/images/{image}", "Remove an image; VMs made from it go on", remove);
+    routes
+        .add("post", "/v1/images/build", "Build an image from a recipe; closing the connection cancels", build)
+        .takes(build_body)
+        .gives(progress.clone())
+        .kind("application/x-ndjson");
+    routes
+        .add("post", "/v1/images/import", "Make an image of a raw, qcow2 or tar file", import)
+        .takes(import_body)
+        .gives(progress)
+        .kind("application/x-ndjson");
+}
+
+async fn views(state: &Shared) -> Result<Vec<ImageView>, Error> {
+    let data = state.data_paths();
+    let stored = blocking("list images", move || burgeon_image::list(&data)).await?;
+    let rows = state.meta.vms().await?;
+    let view = |stored| {
+        let (name, image, stored, problem) = match stored {
+            Stored::Good { image, stored } => (image.name.clone(), Some(image), stored, None),
+            Stored::Broken { name, error } => (name, None, ByteSize::default(), Some(error.to_string())),
+        };
+        let used_by = rows.iter().filter(|row| row.image == name).map(|row| row.name.clone()).collect();
+        ImageView { name, image, stored, problem, used_by }
+    };
+    Ok(stored.into_iter().map(view).collect())
+}
+
+async fn list(State(state): State<Shared>) -> Answer<Json<Vec<ImageView>>> {
+    Ok(Json(views(&state).await?))
+}
+
+async fn show(State(state): State<Shared>, Path(image): Path<String>) -> Answer<Json<ImageView>> {
+    // Says what is wrong with a broken one.
+    state.image(image.clone()).await?;
+    let found = views(&state).await?.into_iter().find(|view| view.name == image);
+    Ok(Json(found.ok_or_else(|| Error::not_found(format!("image {image} has just been removed")))?))
+}
+
+async fn remove(State(state): State<Shared>, Path(image): Path<String>) -> Answer<()> {
+    let data = state.data_paths();
+    Ok(blocking("remove the image", move || burgeon_image::remove(&data, &image)).await?)
+}
+
+async fn build(State(state): State<Shared>, Json(request): Json<BuildImage>) -> Answer<Response> {
+    let receiver = crate::images::build(&state, request)?;
+    Ok(lines(receiver, Busy::new(&state.busy)))
+}
+
+async fn import(State(state): State<Shared>, Json(request): Json<ImportImage>) -> Answer<Response> {
+    burgeon_api::name::check("image", &request.name)?;
+    Ok(lines(crate::images::import(&state, request), Busy::new(&state.busy)))
+}

@@ -1,0 +1,165 @@
+//! VMs.
+
+use std::time::Duration;
+
+use axum::{
+    Json,
+    extract::{Path, Query, State},
+    http::{HeaderMap, header},
+    response::{IntoResponse, Response},
+};
+use burgeon_api::{
+    Error, Result,
+    http::{CreateVm, StopVm},
+    vm::{Figures, Intent, Observed, VmView},
+};
+use burgeon_host::stop_mode;
+use burgeon_plan::vm::is_over;
+use burgeon_store::meta::VmRow;
+use serde::Deserialize;
+use tokio::time::timeout;
+
+use super::{Answer, Routes};
+use crate::state::{Shared, now_s};
+
+/// How long a request waits for a VM to come up or to vanish.
+const LONGEST_WAIT: Duration = Duration::from_secs(180);
+
+pub(super) fn add(routes: &mut Routes) {
+    let (one, many) = (routes.schema::<VmView>(), routes.schema::<Vec<VmView>>());
+    let (create, stop_body, figure) = (routes.schema::<CreateVm>(), routes.schema::<StopVm>(), routes.schema::<Figures>());
+    routes.add("get", "/v1/vms", "All VMs", list).gives(many);
+    routes.add("post", "/v1/vms", "Create a VM and start it", make).takes(create).gives(one.clone());
+    routes.add("get", "/v1/vms/{vm}", "One VM, by name or id; its version is the ETag", show).gives(one.clone());
+    routes
+        .add("get", "/v1/vms/{vm}/wait", "Wait until the VM runs, or has ended", wait)
+        .query(&[("for", "`running` (or ended; the default) or `ended`")])
+        .gives(one.clone());
+    routes.add("delete", "/v1/vms/{vm}", "End the VM and remove all of it; honours If-Match", remove);
+    routes.add("post", "/v1/vms/{vm}/stop", "Ask the guest to power off, or end it", stop).takes(stop_body).gives(one);
+    routes.add("post", "/v1/vms/{vm}/freeze", "Freeze the guest's workload", freeze);
+    routes.add("post", "/v1/vms/{vm}/thaw", "Thaw the guest's workload", thaw);
+    routes.add("get", "/v1/vms/{vm}/figures", "Load and memory, as the guest reads them", figures).gives(figure);
+    routes.add("get", "/v1/vms/{vm}/log", "What the guest wrote to its console", log).kind("application/octet-stream");
+}
+
+async fn list(State(state): State<Shared>) -> Answer<Json<Vec<VmView>>> {
+    let rows = state.meta.vms().await?;
+    Ok(Json(rows.into_iter().map(|row| state.view(row)).collect()))
+}
+
+async fn make(State(state): State<Shared>, Json(request): Json<CreateVm>) -> Answer<Json<VmView>> {
+    let name = match request.name {
+        Some(name) => name,
+        None => format!("{}-{}", request.image, request.id.short()),
+    };
+    let row = VmRow {
+        id: request.id,
+        name,
+        image: request.image,
+        profile: request.profile,
+        intent: Intent::Running,
+        observed: Observed::Pending,
+        launched: false,
+        pipeline: None,
+        version: 1,
+        created_s: now_s(),
+    };
+    let row = state.create_vm(row).await?;
+    Ok(Json(state.view(row)))
+}
+
+async fn show(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<Response> {
+    let view = state.view(state.meta.vm(&vm).await?);
+    let tag = format!("\"{}\"", view.version);
+    Ok(([(header::ETAG, tag)], Json(view)).into_response())
+}
+
+#[derive(Deserialize)]
+struct WaitQuery {
+    #[serde(rename = "for")]
+    what: Option<String>,
+}
+
+async fn wait(State(state): State<Shared>, Path(vm): Path<String>, Query(query): Query<WaitQuery>) -> Answer<Json<VmView>> {
+    let row = state.meta.vm(&vm).await?;
+    let (id, name) = (row.id, row.name);
+    let for_end = query.what.as_deref() == Some("ended");
+    let reached = async {
+        loop {
+            let looks = state.seen.borrow().looks;
+            let view = state.view(state.meta.vm(&id.to_string()).await?);
+            if is_over(&view.observed) || (view.observed == Observed::Running && !for_end) {
+                return Ok::<VmView, Error>(view);
+            }
+            state.when(|seen| (seen.looks > looks).then_some(Ok(()))).await?;
+        }
+    };
+    let view = timeout(LONGEST_WAIT, reached)
+        .await
+        .map_err(|_| Error::deadline(format!("VM {name} is not there after {} s", LONGEST_WAIT.as_secs())))??;
+    Ok(Json(view))
+}
+
+/// The version in an If-Match header.
+fn expected(headers: &HeaderMap) -> Result<Option<u64>> {
+    let Some(value) = headers.get(header::IF_MATCH) else { return Ok(None) };
+    let text = value.to_str().unwrap_or_default().trim_matches('"');
+    text.parse().map(Some).map_err(|_| Error::invalid("If-Match holds no version of a VM"))
+}
+
+async fn remove(State(state): State<Shared>, Path(vm): Path<String>, headers: HeaderMap) -> Answer<()> {
+    let row = state.meta.vm(&vm).await?;
+    state.intend(row.id, Intent::Removed, expected(&headers)?).await?;
+    let vanished = async {
+        loop {
+            let looks = state.seen.borrow().looks;
+            match state.meta.vm(&row.id.to_string()).await {
+                Err(error) if error.kind == burgeon_api::ErrorKind::NotFound => return Ok(()),
+                Err(error) => return Err(error),
+                Ok(_) => {}
+            }
+            state.when(|seen| (seen.looks > looks).then_some(Ok(()))).await?;
+        }
+    };
+    timeout(LONGEST_WAIT, vanished)
+        .await
+        .map_err(|_| Error::deadline(format!("VM {} is still being removed", row.name)))??;
+    Ok(())
+}
+
+async fn stop(State(state): State<Shared>, Path(vm): Path<String>, Json(request): Json<StopVm>) -> Answer<Json<VmView>> {
+    let row = state.meta.vm(&vm).await?;
+    let row = state.meta.set_intent(row.id, Intent::Stopped, None).await?;
+    let outcome = state.host.stop(row.id, stop_mode(request.force)).await;
+    state.kick.notify_one();
+    outcome?;
+    let id = row.id;
+    let ended = state.when(|seen| {
+        let over = seen.vms.iter().find(|vm| vm.id == id).is_none_or(|vm| is_over(&vm.observed));
+        over.then_some(Ok(()))
+    });
+    timeout(Duration::from_secs(10), ended).await.map_err(|_| Error::deadline("the VM has not ended"))??;
+    Ok(Json(state.view(state.meta.vm(&id.to_string()).await?)))
+}
+
+async fn freeze(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<()> {
+    let row = state.meta.vm(&vm).await?;
+    Ok(state.host.freeze(row.id, true).await?)
+}
+
+async fn thaw(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<()> {
+    let row = state.meta.vm(&vm).await?;
+    Ok(state.host.freeze(row.id, false).await?)
+}
+
+async fn figures(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<Json<Figures>> {
+    let row = state.meta.vm(&vm).await?;
+    Ok(Json(state.host.figures(row.id).await?))
+}
+
+async fn log(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<Response> {
+    let row = state.meta.vm(&vm).await?;
+    let text = state.host.log(row.id).await?;
+    Ok(([(header::CONTENT_TYPE, "application/octet-stream")], text).into_response())
+}

@@ -1,0 +1,185 @@
+//! Asking the host process: one connection per request, each within a deadline.
+
+use std::{path::PathBuf, time::Duration};
+
+use burgeon_api::{
+    Error, ErrorKind, Result, VmId,
+    host::{Envelope, FileRequest, Launch, Reply, Request, StopMode, VERSION},
+    vm::HostVm,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixStream,
+    time::timeout,
+};
+
+/// Requests that the host answers from memory.
+const QUICK: Duration = Duration::from_secs(10);
+/// Requests that wait for a guest or a file system.
+const SLOW: Duration = Duration::from_secs(150);
+const MOST_REPLY: u32 = 64 << 20;
+
+/// The way to the host process of this machine.
+#[derive(Clone, Debug)]
+pub(crate) struct HostClient {
+    socket: PathBuf,
+}
+
+impl HostClient {
+    pub(crate) fn new(socket: PathBuf) -> Self {
+        Self { socket }
+    }
+
+    /// Sends a request and reads the reply; the connection goes on with whatever follows.
+    pub(crate) async fn open(&self, request: Request, deadline: Duration) -> Result<(Reply, UnixStream)> {
+        timeout(deadline, async {
+            let mut stream = UnixStream::connect(&self.socket).await.map_err(|error| unreachable(&error))?;
+            send_request(&mut stream, request).await?;
+            let reply = receive_reply(&mut stream).await?;
+            Ok((reply, stream))
+        })
+        .await
+        .map_err(|_| Error::deadline(format!("the host process did not answer within {} s", deadline.as_secs())))?
+    }
+
+    async fn ask(&self, request: Request, deadline: Duration) -> Result<Reply> {
+        self.open(request, deadline).await.map(|(reply, _)| reply)
+    }
+
+    async fn done(&self, request: Request, deadline: Duration) -> Result<()> {
+        match self.ask(request, deadline).await? {
+            Reply::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Opens a stream: exec, console, display.
+    pub(crate) async fn stream(&self, request: Request) -> Result<UnixStream> {
+        match self.open(request, QUICK).await? {
+            (Reply::Stream, stream) => Ok(stream),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    pub(crate) async fn hello(&self) -> Result<Reply> {
+        self.ask(Request::Hello, QUICK).await
+    }
+
+    pub(crate) async fn list(&self) -> Result<Vec<HostVm>> {
+        match self.ask(Request::List, QUICK).await? {
+            Reply::Vms(vms) => Ok(vms),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    pub(crate) async fn launch(&self, launch: Launch) -> Result<()> {
+        self.done(Request::Launch(Box::new(launch)), QUICK).await
+    }
+
+    pub(crate) async fn stop(&self, vm: VmId, mode: StopMode) -> Result<()> {
+        self.done(Request::Stop { vm, mode }, SLOW).await
+    }
+
+    pub(crate) async fn remove(&self, vm: VmId) -> Result<()> {
+        self.done(Request::Remove { vm }, SLOW).await
+    }
+
+    pub(crate) async fn end_sessions(&self, vm: VmId) -> Result<()> {
+        self.done(Request::EndSessions { vm }, QUICK).await
+    }
+
+    pub(crate) async fn freeze(&self, vm: VmId, frozen: bool) -> Result<()> {
+        let request = if frozen { Request::Freeze { vm } } else { Request::Thaw { vm } };
+        self.done(request, SLOW).await
+    }
+
+    pub(crate) async fn figures(&self, vm: VmId) -> Result<burgeon_api::vm::Figures> {
+        match self.ask(Request::Figures { vm }, SLOW).await? {
+            Reply::Figures(figures) => Ok(figures),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    pub(crate) async fn log(&self, vm: VmId) -> Result<Vec<u8>> {
+        match self.ask(Request::Log { vm }, QUICK).await? {
+            Reply::Log { text, .. } => Ok(text),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    pub(crate) async fn exit(&self) -> Result<()> {
+        self.done(Request::Exit, QUICK).await
+    }
+
+    /// Puts a file of known content into a VM.
+    pub(crate) async fn put(&self, vm: VmId, path: Vec<u8>, mode: u32, content: &[u8]) -> Result<()> {
+        let request = FileRequest::Put { path, mode, size: content.len() as u64 };
+        timeout(SLOW, async {
+            let mut stream = self.connect_put(vm, request).await?;
+            stream.write_all(content).await.map_err(|error| Error::io("send a file", &error))?;
+            finish_put(&mut stream).await
+        })
+        .await
+        .map_err(|_| Error::deadline("the VM did not take the file in time"))?
+    }
+
+    /// Begins to put a file: its bytes are to be written to the stream, then [`finish_put`].
+    pub(crate) async fn connect_put(&self, vm: VmId, request: FileRequest) -> Result<UnixStream> {
+        let mut stream = UnixStream::connect(&self.socket).await.map_err(|error| unreachable(&error))?;
+        send_request(&mut stream, Request::File { vm, request }).await?;
+        Ok(stream)
+    }
+
+    /// A file request other than `Put`.
+    pub(crate) async fn file(&self, vm: VmId, request: FileRequest) -> Result<(Reply, UnixStream)> {
+        self.open(Request::File { vm, request }, SLOW).await
+    }
+}
+
+/// Waits until a file that was put is in its place.
+pub(crate) async fn finish_put(stream: &mut UnixStream) -> Result<()> {
+    match timeout(SLOW, receive_reply(stream)).await {
+        Ok(Ok(Reply::Done)) => Ok(()),
+        Ok(Ok(other)) => Err(unexpected(&other)),
+        Ok(Err(error)) => Err(error),
+        Err(_) => Err(Error::deadline("the VM did not take the file in time")),
+    }
+}
+
+fn unreachable(error: &std::io::Error) -> Error {
+    Error::new(ErrorKind::Unavailable, format!("the host process cannot be reached: {error}"))
+        .with_hint("it is started by burgeon serve; burgeon doctor tells more")
+}
+
+fn unexpected(reply: &Reply) -> Error {
+    Error::internal(format!("the host process gave an answer of the wrong kind: {reply:?}"))
+}
+
+async fn send_request(stream: &mut UnixStream, request: Request) -> Result<()> {
+    let mut message = vec![0; 4];
+    serde_json::to_writer(&mut message, &Envelope { version: VERSION, request })
+        .map_err(|error| Error::internal(error.to_string()))?;
+    let length = u32::try_from(message.len() - 4).unwrap_or(u32::MAX);
+    message[..4].copy_from_slice(&length.to_le_bytes());
+    stream.write_all(&message).await.map_err(|error| unreachable(&error))
+}
+
+/// Reads one message: its length, then JSON.
+pub(crate) async fn receive_message(stream: &mut UnixStream) -> Result<Vec<u8>> {
+    let length = stream.read_u32_le().await.map_err(|error| unreachable(&error))?;
+    if length > MOST_REPLY {
+        return Err(Error::damaged(format!("the host process sent a message of {length} bytes")));
+    }
+    let mut message = vec![0; length as usize];
+    stream.read_exact(&mut message).await.map_err(|error| unreachable(&error))?;
+    Ok(message)
+}
+
+async fn receive_reply(stream: &mut UnixStream) -> Result<Reply> {
+    let message = receive_message(stream).await?;
+    match serde_json::from_slice(&message) {
+        Ok(Reply::Refused(error)) => Err(error),
+        Ok(reply) => Ok(reply),
+        Err(error) => Err(Error::damaged(format!("the host process's answer does not read: {error}"))),
+    }
+}

@@ -1,0 +1,201 @@
+//! The loop that makes the host's VMs those that meta wants. It takes no arguments, does the same
+//! thing however often it runs, and may be killed anywhere: meta is the truth.
+
+use std::{sync::Arc, time::Duration};
+
+use burgeon_api::{
+    host::{Request, StopMode},
+    vm::{Intent, Observed},
+};
+use burgeon_plan::vm::{Action, HostSeen, Wanted, decide, is_over};
+use burgeon_store::meta::VmRow;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::{
+    host_client::receive_message,
+    state::{Seen, Shared, State},
+};
+
+/// A look without any hint.
+const PERIOD: Duration = Duration::from_secs(5);
+/// How long a guest may take to stop when it is asked.
+const GRACE: Duration = Duration::from_secs(90);
+
+pub(crate) async fn run(state: Shared) {
+    while !state.shutdown.is_cancelled() {
+        look_and_act(&state).await;
+        tokio::select! {
+            () = state.kick.notified() => {}
+            () = sleep(PERIOD) => {}
+            () = state.shutdown.cancelled() => return,
+        }
+    }
+}
+
+/// Wakes the loop whenever the host reports a change.
+pub(crate) async fn watch_host(state: Shared) {
+    loop {
+        let watching = async {
+            let mut stream = state.host.stream(Request::Watch).await?;
+            state.kick.notify_one();
+            loop {
+                receive_message(&mut stream).await?;
+                state.kick.notify_one();
+            }
+        };
+        let outcome: burgeon_api::Result<()> = tokio::select! {
+            outcome = watching => outcome,
+            () = state.shutdown.cancelled() => return,
+        };
+        if let Err(error) = outcome {
+            tracing::debug!(%error, "the host process is not watched at the moment");
+        }
+        state.kick.notify_one();
+        sleep(Duration::from_millis(200)).await;
+    }
+}
+
+async fn look_and_act(state: &Shared) {
+    // The host before meta (and before the ids of image builds): they are known before their launch is
+    // sent, so what the host has and nobody knows is an orphan.
+    let host = state.host.list().await;
+    let rows = match state.meta.vms().await {
+        Ok(rows) => rows,
+        Err(error) => {
+            tracing::error!(%error, "the reconcile loop cannot read meta");
+            return;
+        }
+    };
+    let seen = match &host {
+        Ok(vms) => HostSeen::Reachable(vms.clone()),
+        Err(error) => HostSeen::Unreachable { reason: error.to_string() },
+    };
+    keep_observed(state, &rows, &seen).await;
+    publish(state, host);
+    let wanted: Vec<Wanted> = rows
+        .iter()
+        .map(|row| Wanted { id: row.id, intent: row.intent, launched_before: row.launched, ended: is_over(&row.observed) })
+        .collect();
+    let temporary = state.temporary.borrow().clone();
+    for action in decide(&wanted, &temporary, &seen) {
+        let row = rows.iter().find(|row| row.id == action.id()).cloned();
+        // Stopping may take a guest's whole grace; nothing else waits for it.
+        if matches!(action, Action::Stop { .. }) {
+            let state = Arc::clone(state);
+            state.tasks.clone().spawn(async move { act(&state, action, row).await });
+        } else {
+            act(state, action, row).await;
+        }
+    }
+}
+
+/// Writes down what the host says, so that it is known while the host cannot be asked.
+async fn keep_observed(state: &State, rows: &[VmRow], seen: &HostSeen) {
+    let HostSeen::Reachable(vms) = seen else { return };
+    for row in rows {
+        if let Some(vm) = vms.iter().find(|vm| vm.id == row.id)
+            && (vm.observed != row.observed || !row.launched)
+            && let Err(error) = state.meta.set_observed(row.id, vm.observed.clone(), true).await
+        {
+            tracing::error!(vm = %row.name, %error, "its state could not be kept");
+        }
+    }
+}
+
+fn publish(state: &State, host: burgeon_api::Result<Vec<burgeon_api::vm::HostVm>>) {
+    state.seen.send_modify(|seen| {
+        let looks = seen.looks + 1;
+        *seen = match host {
+            Ok(vms) => Seen { looks, unreachable: None, vms },
+            // What was last known stays, marked as unknown.
+            Err(error) => Seen { looks, unreachable: Some(error.to_string()), vms: std::mem::take(&mut seen.vms) },
+        };
+    });
+}
+
+async fn act(state: &State, action: Action, row: Option<VmRow>) {
+    let name = row.as_ref().map_or_else(|| action.id().to_string(), |row| row.name.clone());
+    let outcome = match (&action, row) {
+        (Action::Launch { id }, Some(row)) => match state.launch_of(&row).await {
+            Ok(launch) => match state.host.launch(launch).await {
+                Ok(()) => {
+                    state.kick.notify_one();
+                    Ok(())
+                }
+                Err(error) => Err(error),
+            },
+            // Without its image it can never start.
+            Err(error) => state.meta.set_observed(*id, Observed::Failed { reason: error.to_string() }, false).await,
+        },
+        (Action::Stop { id }, _) => {
+            let grace = u64::try_from(GRACE.as_millis()).unwrap_or(u64::MAX);
+            let outcome = state.host.stop(*id, StopMode::Graceful { deadline_ms: grace }).await;
+            state.kick.notify_one();
+            outcome
+        }
+        (Action::Remove { id }, _) => {
+            let outcome = state.host.remove(*id).await;
+            if outcome.is_ok()
+                && let Err(error) = state.meta.forget_vm(*id).await
+            {
+                tracing::error!(vm = %name, %error, "its row stays for now");
+            }
+            state.kick.notify_one();
+            outcome
+        }
+        (Action::RemoveOrphan { id }, _) => {
+            tracing::warn!(vm = %name, "removing a VM that meta does not know");
+            state.host.remove(*id).await
+        }
+        (Action::ReportLost { id, reason }, _) => {
+            tracing::error!(vm = %name, %reason, "lost");
+            state.meta.set_observed(*id, Observed::Failed { reason: reason.clone() }, true).await
+        }
+        (Action::Forget { id }, _) => {
+            let outcome = state.meta.forget_vm(*id).await;
+            state.kick.notify_one();
+            outcome
+        }
+        (Action::Launch { .. }, None) => Ok(()),
+    };
+    if let Err(error) = outcome {
+        tracing::warn!(vm = %name, ?action, %error, "will be tried again");
+    }
+}
+
+/// Whether anything keeps an on-demand server from leaving.
+pub(crate) async fn idle_exit(state: Shared, limit: Option<Duration>) {
+    let begun = Instant::now();
+    let mut idle = burgeon_plan::idle::Idle::default();
+    loop {
+        let vms = match state.meta.vms().await {
+            Ok(rows) => rows
+                .into_iter()
+                .map(|row| state.view(row))
+                .filter(|vm| !is_over(&vm.observed) || vm.intent == Intent::Removed)
+                .count(),
+            Err(_) => 1,
+        };
+        let activity = burgeon_plan::idle::Activity {
+            vms,
+            runs: state.pipelines.active(),
+            connections: state.busy.load(std::sync::atomic::Ordering::Relaxed),
+        };
+        match idle.should_exit(begun.elapsed(), &activity, limit) {
+            burgeon_plan::idle::Verdict::Exit => {
+                match timeout(Duration::from_secs(10), state.host.exit()).await {
+                    Ok(Ok(())) => tracing::info!("idle: both processes leave"),
+                    Ok(Err(error)) => tracing::warn!(%error, "the host process does not leave"),
+                    Err(_) => tracing::warn!("the host process does not answer"),
+                }
+                state.shutdown.cancel();
+                return;
+            }
+            burgeon_plan::idle::Verdict::Stay | burgeon_plan::idle::Verdict::StayUntil(_) => {}
+        }
+        tokio::select! {
+            () = sleep(Duration::from_secs(1)) => {}
+            () = state.shutdown.cancelled() => return,
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! What every part of the control process may use.
+
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::SystemTime,
+};
+
+use burgeon_api::{
+    Error, Result, VmId,
+    host::Launch,
+    profile::Profile,
+    vm::{HostVm, Intent, Observed, VmView},
+};
+use burgeon_host::layout::Layout;
+use burgeon_store::meta::{Meta, VmRow};
+use tokio::sync::{Notify, watch};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{host_client::HostClient, pipelines::Pipelines};
+
+pub(crate) type Shared = Arc<State>;
+
+pub(crate) struct State {
+    pub(crate) layout: Layout,
+    pub(crate) meta: Meta,
+    pub(crate) host: HostClient,
+    pub(crate) version: String,
+    /// Wakes the reconcile loop.
+    pub(crate) kick: Notify,
+    /// What the host last said; the reconcile loop writes it.
+    pub(crate) seen: watch::Sender<Seen>,
+    pub(crate) pipelines: Pipelines,
+    /// VMs of image builds: on the host, and in no row of meta.
+    pub(crate) temporary: watch::Sender<BTreeSet<VmId>>,
+    /// Open client connections and long work, for the idle exit.
+    pub(crate) busy: Arc<AtomicUsize>,
+    pub(crate) shutdown: CancellationToken,
+    pub(crate) tasks: TaskTracker,
+}
+
+/// The host as it was last seen. Counts up with every look.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Seen {
+    pub(crate) looks: u64,
+    pub(crate) unreachable: Option<String>,
+    pub(crate) vms: Vec<HostVm>,
+}
+
+/// Counts as a connection for as long as it lives.
+pub(crate) struct Busy(Arc<AtomicUsize>);
+
+impl Busy {
+    pub(crate) fn new(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Busy(count.clone())
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Seconds since 1970. The only place where the control process reads the wall clock.
+#[expect(clippy::disallowed_methods, reason = "the shell that reads the clock")]
+pub(crate) fn now_s() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+impl State {
+    /// A VM's row with what the host says of it.
+    pub(crate) fn view(&self, row: VmRow) -> VmView {
+        let seen = self.seen.borrow();
+        let on_host = seen.vms.iter().find(|vm| vm.id == row.id).cloned();
+        let observed = match (&on_host, &seen.unreachable) {
+            (Some(vm), None) => vm.observed.clone(),
+            (_, Some(reason)) if row.launched && !burgeon_plan::vm::is_over(&row.observed) => {
+                Observed::Unknown { reason: reason.clone() }
+            }
+            _ => row.observed.clone(),
+        };
+        VmView {
+            id: row.id,
+            name: row.name,
+            image: row.image,
+            profile: row.profile,
+            intent: row.intent,
+            observed,
+            pipeline: row.pipeline.map(|id| id.to_string()),
+            version: row.version,
+            created_s: row.created_s,
+            on_host,
+        }
+    }
+
+    /// Checks and records a new VM; the reconcile loop starts it.
+    ///
+    /// # Errors
+    /// The profile's or the image's fault, or a name that is taken.
+    pub(crate) async fn create_vm(&self, row: VmRow) -> Result<VmRow> {
+        burgeon_api::name::check("VM", &row.name)?;
+        check_profile(&row.profile)?;
+        let image = self.image(row.image.clone()).await?;
+        if let (Some(wish), Some(has)) = (row.profile.disk, image.disk)
+            && wish < has
+        {
+            return Err(Error::invalid(format!("disk {wish} is smaller than the {has} of image {}", row.image)));
+        }
+        if row.profile.disk.is_some() && image.disk.is_none() {
+            return Err(Error::invalid(format!("image {} has no disk, so the profile cannot size one", row.image)));
+        }
+        let row = self.meta.create_vm(row).await?;
+        self.kick.notify_one();
+        Ok(row)
+    }
+
+    pub(crate) async fn image(&self, name: String) -> Result<burgeon_api::image::Image> {
+        let data = self.data_paths();
+        blocking("look at the image", move || burgeon_image::show(&data, &name).map(|(image, _)| image)).await
+    }
+
+    pub(crate) fn data_paths(&self) -> burgeon_image::DataPaths {
+        burgeon_image::DataPaths {
+            images: self.layout.images(),
+            cache: self.layout.cache(),
+            temporary: self.layout.temporary(),
+        }
+    }
+
+    pub(crate) async fn launch_of(&self, row: &VmRow) -> Result<Launch> {
+        let image = self.image(row.image.clone()).await?;
+        Ok(Launch {
+            id: row.id,
+            name: row.name.clone(),
+            image,
+            image_directory: self.layout.image(&row.image).display().to_string(),
+            profile: row.profile.clone(),
+        })
+    }
+
+    /// Waits until the reconcile loop has looked again and `found` answers.
+    ///
+    /// # Errors
+    /// What `found` answers, or that the server is leaving.
+    pub(crate) async fn when<T>(&self, mut found: impl FnMut(&Seen) -> Option<Result<T>>) -> Result<T> {
+        let mut seen = self.seen.subscribe();
+        loop {
+            if let Some(answer) = found(&seen.borrow_and_update()) {
+                return answer;
+            }
+            tokio::select! {
+                changed = seen.changed() => changed.map_err(|_| Error::unavailable("the server is leaving"))?,
+                () = self.shutdown.cancelled() => return Err(Error::unavailable("the server is leaving")),
+            }
+        }
+    }
+
+    /// Sets a VM's intent and wakes the loop.
+    pub(crate) async fn intend(&self, id: VmId, intent: Intent, version: Option<u64>) -> Result<VmRow> {
+        let row = self.meta.set_intent(id, intent, version).await?;
+        self.kick.notify_one();
+        Ok(row)
+    }
+}
+
+pub(crate) fn check_profile(profile: &Profile) -> Result<()> {
+    let name = |(key, error): (&str, Error)| error.context(format!("profile, {key}"));
+    profile.check().map_err(name)?;
+    profile.check_against(burgeon_host::capacity()).map_err(name)
+}
+
+/// Runs work that reads or writes files off the runtime's threads.
+pub(crate) async fn blocking<T: Send + 'static>(
+    action: &'static str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal(format!("{action}: {error}")))?
+}

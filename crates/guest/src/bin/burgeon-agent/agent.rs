@@ -1,0 +1,655 @@
+//! The agent's one loop. It owns everything: the channel, the running commands, the files under way.
+//!
+//! A turn: poll; take ended children; read and handle what the host sent; feed inputs; write what is to be
+//! told, control first and then one frame of each stream in turn. Nothing in it waits, except for disks.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    time::{Duration, Instant},
+};
+
+use burgeon_guest::protocol::{
+    Answer, Decoder, Failure, FailureKind, Frame, GuestMessage, Header, Hello, HostMessage, Kind, LEAST_COST, Received,
+    Request, Sequence, StopHow, VERSION, cost, decode_control,
+};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::{
+    channel::{Channel, Input},
+    exec::{Exec, Source},
+    files::{self, Get, Put},
+    freeze,
+    spawn::{self, failure},
+    sys, system,
+};
+
+/// Reads of the channel in one turn; a virtio port gives 4 KiB at a time.
+const READS: usize = 64;
+/// Writes of the channel in one turn.
+const WRITES: usize = 16;
+const REDIAL: Duration = Duration::from_millis(20);
+/// How long processes may take to end when the agent is process 1 and the guest stops.
+const GRACE: Duration = Duration::from_secs(2);
+const NOISE_PAUSE: Duration = Duration::from_secs(1);
+const MOST_STREAMS: usize = 1024;
+
+/// What the agent was started for.
+#[derive(Default)]
+pub(crate) struct Setup {
+    /// The guest is ours: host name, clock, cgroups and stopping are the agent's business.
+    pub(crate) manages_system: bool,
+    pub(crate) warnings: Vec<String>,
+    /// Stage and reason.
+    pub(crate) boot_failure: Option<(String, String)>,
+    /// Closed when Ready is on its way.
+    pub(crate) started: Option<OwnedFd>,
+}
+
+/// What a polled descriptor stands for; streams are those of the exec's input.
+#[derive(Clone, Copy)]
+enum Token {
+    Channel,
+    Children,
+    Start(u32),
+    Input(u32),
+    Output(u32, usize),
+}
+
+struct Agent {
+    channel: Channel,
+    children: OwnedFd,
+    setup: Setup,
+    session: Option<[u8; 16]>,
+    execs: BTreeMap<u32, Exec>,
+    puts: BTreeMap<u32, Put>,
+    gets: BTreeMap<u32, Get>,
+    /// The stream that sent last; the next one in order is served next.
+    served: u32,
+    frozen: bool,
+    stopping: Option<(StopHow, Instant)>,
+    noise_told: (u64, Instant),
+}
+
+/// Serves the channel for ever.
+pub(crate) fn run(channel: Channel, setup: Setup) -> io::Error {
+    let children = match sys::child_signal() {
+        Ok(children) => children,
+        Err(error) => return error,
+    };
+    let mut agent = Agent {
+        channel,
+        children,
+        setup,
+        session: None,
+        execs: BTreeMap::new(),
+        puts: BTreeMap::new(),
+        gets: BTreeMap::new(),
+        served: 0,
+        frozen: false,
+        stopping: None,
+        noise_told: (0, Instant::now()),
+    };
+    let mut decoder = Decoder::new();
+    agent.announce();
+    agent.pump();
+    agent.setup.started = None;
+    loop {
+        if let Err(error) = agent.turn(&mut decoder) {
+            return error;
+        }
+    }
+}
+
+impl Agent {
+    fn announce(&mut self) {
+        self.channel.say(&GuestMessage::Ready(system::about(&self.setup.warnings)));
+        if let Some((stage, reason)) = self.setup.boot_failure.clone() {
+            self.channel.say(&GuestMessage::BootFailed { stage, reason });
+        }
+    }
+
+    fn turn(&mut self, decoder: &mut Decoder) -> io::Result<()> {
+        let tokens = self.wait()?;
+        let mut channel_woken = false;
+        for token in tokens {
+            match token {
+                Token::Channel => channel_woken = true,
+                Token::Children => self.reap(),
+                Token::Start(stream) => self.started(stream),
+                Token::Input(stream) => {
+                    let window = self.execs.get_mut(&stream).and_then(Exec::drain_input);
+                    self.give_back(window);
+                }
+                Token::Output(stream, which) => {
+                    if let Some(source) = self.execs.get_mut(&stream).and_then(|exec| exec.sources[which].as_mut()) {
+                        source.ready = true;
+                    }
+                }
+            }
+        }
+        if channel_woken {
+            self.channel.woken();
+            self.read(decoder);
+        } else if self.channel.is_lost() && self.channel.reconnect() {
+            self.announce();
+        }
+        self.tell_noise(decoder.skipped());
+        self.keep_time();
+        self.pump();
+        self.go_on_stopping();
+        Ok(())
+    }
+
+    /// Polls everything that matters now, for as long as no timer is due.
+    fn wait(&mut self) -> io::Result<Vec<Token>> {
+        let now = Instant::now();
+        let blocked = self.channel.is_blocked();
+        let mut until: Option<Instant> = None;
+        let mut at = |moment: Instant| until = Some(until.map_or(moment, |until: Instant| until.min(moment)));
+        let mut at_once = !blocked && (self.channel.has_control() || self.gets.values().any(|get| may_send(&get.source)));
+        if self.channel.is_lost() {
+            at(now + REDIAL);
+        }
+        if let Some((_, deadline)) = self.stopping {
+            at(deadline);
+        }
+        for exec in self.execs.values_mut() {
+            if let Some(deadline) = exec.deadline {
+                at(deadline);
+            }
+            if let Some(end) = exec.silence_ends(blocked, now) {
+                at(end);
+            }
+        }
+
+        let mut fds: Vec<(Token, BorrowedFd<'_>, PollFlags)> =
+            vec![(Token::Children, self.children.as_fd(), PollFlags::IN)];
+        if let Some((fd, flags)) = self.channel.poll_on() {
+            fds.push((Token::Channel, fd, flags));
+        }
+        for (stream, exec) in &self.execs {
+            if let Some(start) = &exec.start {
+                fds.push((Token::Start(*stream), start.as_fd(), PollFlags::IN));
+                continue;
+            }
+            if let Some(sink) = exec.sink.as_ref().filter(|sink| sink.is_waiting()) {
+                fds.push((Token::Input(*stream), sink.fd.as_fd(), PollFlags::OUT));
+            }
+            for (which, source) in exec.sources.iter().enumerate() {
+                let Some(source) = source.as_ref().filter(|source| !blocked && source.credit >= LEAST_COST) else {
+                    continue;
+                };
+                if source.ready {
+                    at_once = true;
+                } else {
+                    fds.push((Token::Output(*stream, which), source.fd.as_fd(), PollFlags::IN));
+                }
+            }
+        }
+        let wait = if at_once { Some(Duration::ZERO) } else { until.map(|until| until.saturating_duration_since(now)) };
+        let timeout = wait.map(|wait| Timespec {
+            tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(wait.subsec_nanos()),
+        });
+        let mut polled: Vec<PollFd<'_>> =
+            fds.iter().map(|(_, fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
+        match poll(&mut polled, timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let woken = polled.iter().zip(&fds).filter(|(fd, _)| !fd.revents().is_empty());
+        Ok(woken.map(|(_, (token, ..))| *token).collect())
+    }
+
+    fn read(&mut self, decoder: &mut Decoder) {
+        for _ in 0..READS {
+            if !self.channel.wants_input() {
+                return;
+            }
+            match self.channel.read(decoder) {
+                Input::Bytes => {}
+                Input::Nothing | Input::Lost => return,
+            }
+            while let Some(received) = decoder.next() {
+                match received {
+                    Received::Frame(frame) => self.frame(frame),
+                    Received::OtherVersion(version) => self.refuse_version(u16::from(version)),
+                }
+            }
+        }
+    }
+
+    fn frame(&mut self, frame: Frame<'_>) {
+        if frame.kind == Kind::Control {
+            return self.control(frame);
+        }
+        if self.session.is_none() {
+            return;
+        }
+        if let Some(put) = self.puts.get_mut(&frame.stream) {
+            if !put.received.accept(frame.sequence) {
+                return self.end_put(frame.stream, Err(failure(FailureKind::Io, "frames of the put were lost")));
+            }
+            match frame.kind {
+                Kind::Data => match put.data(frame.payload) {
+                    Ok(()) => {
+                        let window = put.returns.consumed(frame.stream, cost(frame.payload.len()));
+                        self.give_back(window);
+                    }
+                    Err(error) => self.end_put(frame.stream, Err(error)),
+                },
+                Kind::DataEnd => {
+                    let result = put.finish();
+                    self.end_put(frame.stream, result);
+                }
+                Kind::Control | Kind::Window => {}
+            }
+            return;
+        }
+        if let Some(exec) = self.execs.get_mut(&frame.stream) {
+            let mut good = exec.received.accept(frame.sequence);
+            let mut window = None;
+            match frame.kind {
+                Kind::Data if good => (good, window) = exec.input(frame.payload),
+                Kind::DataEnd if good => exec.input_end(),
+                _ => {}
+            }
+            self.give_back(window);
+            if !good {
+                self.fail_exec(frame.stream, "frames of its input were lost, or came without credit");
+            }
+            return;
+        }
+        if frame.kind == Kind::Window {
+            self.window(frame);
+        }
+    }
+
+    /// Credit for a stream that goes to the host.
+    fn window(&mut self, frame: Frame<'_>) {
+        let Some(amount) = frame.payload.first_chunk().map(|bytes| u32::from_le_bytes(*bytes)) else { return };
+        let mut lost = None;
+        let exec_sources = self.execs.iter_mut().flat_map(|(stream, exec)| {
+            exec.sources.iter_mut().flatten().map(move |source| (*stream, source))
+        });
+        let get_sources = self.gets.iter_mut().map(|(stream, get)| (*stream, &mut get.source));
+        for (owner, source) in exec_sources.chain(get_sources).filter(|(_, source)| source.stream == frame.stream) {
+            if source.received.accept(frame.sequence) {
+                source.credit = source.credit.saturating_add(amount);
+            } else {
+                lost = Some(owner);
+            }
+        }
+        if let Some(owner) = lost {
+            self.fail_exec(owner, "credit frames were lost");
+            if self.gets.remove(&owner).is_some() {
+                self.stream_failed(owner, "credit frames were lost");
+            }
+        }
+    }
+
+    fn fail_exec(&mut self, stream: u32, reason: &str) {
+        if let Some(exec) = self.execs.remove(&stream) {
+            exec.kill();
+            self.stream_failed(stream, reason);
+        }
+    }
+
+    fn stream_failed(&mut self, stream: u32, reason: &str) {
+        self.channel.say(&GuestMessage::StreamFailed { stream, reason: reason.to_string() });
+    }
+
+    fn give_back(&mut self, window: Option<Vec<u8>>) {
+        if let Some(frame) = window {
+            self.channel.push(frame);
+        }
+    }
+
+    fn control(&mut self, frame: Frame<'_>) {
+        let message = match decode_control::<HostMessage>(frame.payload) {
+            Ok(message) => message,
+            Err(fault) => {
+                // Its sequence number is left unused, so the next message shows the gap.
+                return self.stream_failed(0, &fault.to_string());
+            }
+        };
+        match message {
+            HostMessage::Hello(hello) => {
+                self.channel.control_received = Sequence::default();
+                let _restarts_the_count = self.channel.control_received.accept(frame.sequence);
+                self.hello(&hello);
+            }
+            HostMessage::Request { id, request } => {
+                if self.session.is_none() {
+                    let error = failure(FailureKind::Unsupported, "there is no session: send Hello first");
+                    return self.reply(id, Err(error));
+                }
+                if !self.channel.control_received.accept(frame.sequence) {
+                    self.end_all();
+                    self.session = None;
+                    return self.stream_failed(0, "control messages were lost: the session is over");
+                }
+                if let Some(result) = self.request(id, request) {
+                    self.reply(id, result);
+                }
+            }
+        }
+    }
+
+    fn refuse_version(&mut self, version: u16) {
+        let reason = format!("the host speaks protocol version {version}; this agent speaks version {VERSION}");
+        self.channel.say(&GuestMessage::Refused { version: u16::from(VERSION), reason });
+    }
+
+    fn hello(&mut self, hello: &Hello) {
+        if hello.version != u16::from(VERSION) {
+            return self.refuse_version(hello.version);
+        }
+        if self.session != Some(hello.session) {
+            self.end_all();
+            self.channel.forget_output();
+            self.session = Some(hello.session);
+            if self.setup.manages_system {
+                system::correct_clock(hello.host_time_ns);
+                if !hello.vm_name.is_empty() {
+                    let _an_unfit_name_changes_nothing = system::set_host_name(&hello.vm_name);
+                }
+            }
+        }
+        let about = system::about(&self.setup.warnings);
+        self.channel.say(&GuestMessage::Welcome { session: hello.session, about });
+        if let Some((stage, reason)) = self.setup.boot_failure.clone() {
+            self.channel.say(&GuestMessage::BootFailed { stage, reason });
+        }
+    }
+
+    fn end_all(&mut self) {
+        for exec in std::mem::take(&mut self.execs).into_values() {
+            exec.kill();
+        }
+        self.puts.clear();
+        self.gets.clear();
+    }
+
+    fn reply(&mut self, id: u32, result: Result<Answer, Failure>) {
+        self.channel.say(&GuestMessage::Reply { id, result });
+    }
+
+    /// Does what is asked; `None` when the reply comes later.
+    fn request(&mut self, id: u32, request: Request) -> Option<Result<Answer, Failure>> {
+        let missing = || failure(FailureKind::NotFound, "no such command is running");
+        Some(match request {
+            Request::Exec(request) => return self.exec(id, request),
+            Request::Signal { stream, signal } => match self.execs.get(&stream) {
+                Some(exec) => exec
+                    .signal(signal)
+                    .map(|()| Answer::Done)
+                    .map_err(|error| spawn::io_failure("cannot send the signal", &error)),
+                None => Err(missing()),
+            },
+            Request::Resize { stream, size } => match self.execs.get(&stream).and_then(|exec| exec.terminal.as_ref()) {
+                Some(terminal) => spawn::resize(terminal, size)
+                    .map(|()| Answer::Done)
+                    .map_err(|error| spawn::io_failure("cannot resize the terminal", &error)),
+                None => Err(missing()),
+            },
+            Request::Close { stream } => {
+                if let Some(exec) = self.execs.remove(&stream) {
+                    exec.kill();
+                }
+                self.puts.remove(&stream);
+                self.gets.remove(&stream);
+                Ok(Answer::Done)
+            }
+            Request::Put { stream, path, mode, size } => match self.admit(stream, 1) {
+                Ok(()) => match Put::new(id, &path, mode, size, system::nonce()) {
+                    Ok(put) => {
+                        self.puts.insert(stream, put);
+                        return None;
+                    }
+                    Err(error) => Err(error),
+                },
+                Err(error) => Err(error),
+            },
+            Request::Get { stream, path } => self.admit(stream, 1).and_then(|()| {
+                let (get, answer) = Get::new(stream, &path)?;
+                self.gets.insert(stream, get);
+                Ok(answer)
+            }),
+            Request::List { path, after } => files::list(&path, &after),
+            Request::MakeDirectory { path, mode } => files::make_directory(&path, mode),
+            Request::Figures => Ok(system::figures()),
+            _ if !self.setup.manages_system => {
+                Err(failure(FailureKind::Unsupported, "this agent does not manage its machine"))
+            }
+            Request::Clock { time_ns } => system::set_clock(time_ns),
+            Request::Freeze => {
+                let result = freeze::freeze();
+                self.frozen |= result.is_ok();
+                result.map(|()| Answer::Done)
+            }
+            Request::Thaw => {
+                self.frozen = false;
+                freeze::thaw().map(|()| Answer::Done)
+            }
+            Request::Stop { how } => self.stop(how),
+            Request::Identity { host_name } => system::set_host_name(&host_name),
+        })
+    }
+
+    /// Whether streams from `stream` on may be used anew.
+    fn admit(&self, stream: u32, count: u32) -> Result<(), Failure> {
+        let in_use = self.execs.len() + self.puts.len() + self.gets.len();
+        if in_use >= MOST_STREAMS {
+            return Err(failure(FailureKind::Limit, format!("{MOST_STREAMS} commands and files are under way")));
+        }
+        let last = stream.checked_add(count - 1).filter(|_| stream > 0);
+        let taken = |last: u32| {
+            let first = stream.saturating_sub(2);
+            self.execs.range(first..=last).next().is_some()
+                || self.puts.range(stream..=last).next().is_some()
+                || self.gets.range(stream..=last).next().is_some()
+        };
+        match last {
+            Some(last) if !taken(last) => Ok(()),
+            _ => Err(failure(FailureKind::Invalid, format!("stream {stream} is in use, or no stream number"))),
+        }
+    }
+
+    fn exec(&mut self, id: u32, request: burgeon_guest::protocol::Exec) -> Option<Result<Answer, Failure>> {
+        if let Err(error) = self.admit(request.stream, 3) {
+            return Some(Err(error));
+        }
+        if self.frozen {
+            return Some(Err(failure(FailureKind::Unsupported, "the workload is frozen")));
+        }
+        let cgroup = self.setup.manages_system.then_some(freeze::COMMANDS);
+        match spawn::spawn(&request, cgroup) {
+            Ok(spawned) => {
+                self.execs.insert(request.stream, Exec::new(id, request, spawned, Instant::now()));
+                None
+            }
+            Err(error) => Some(Err(error)),
+        }
+    }
+
+    fn end_put(&mut self, stream: u32, result: Result<Answer, Failure>) {
+        if let Some(put) = self.puts.remove(&stream) {
+            self.reply(put.id, result);
+        }
+    }
+
+    /// The fork's report is there.
+    fn started(&mut self, stream: u32) {
+        let Some(exec) = self.execs.get_mut(&stream) else { return };
+        let Some(start) = &mut exec.start else { return };
+        let Some(outcome) = spawn::outcome(start, &exec.request) else { return };
+        exec.start = None;
+        let (id, pid) = (exec.id, u32::try_from(exec.pid).unwrap_or(0));
+        if outcome.is_err() {
+            self.execs.remove(&stream);
+        }
+        self.reply(id, outcome.map(|()| Answer::Started { pid }));
+    }
+
+    /// Takes all ended children; as process 1 that means everybody's orphans too.
+    fn reap(&mut self) {
+        let mut signal = [0; 128];
+        while rustix::io::read(&self.children, &mut signal).is_ok_and(|count| count > 0) {}
+        while let Ok(Some(ended)) = sys::wait_any() {
+            let Some(stream) = self.execs.values().find(|exec| exec.pid == ended.pid).map(|exec| exec.request.stream)
+            else {
+                continue;
+            };
+            self.started(stream);
+            if let Some(exec) = self.execs.get_mut(&stream).filter(|exec| exec.exited.is_none()) {
+                exec.ended(ended.status, ended.cpu_us, Instant::now());
+            }
+        }
+    }
+
+    /// Time limits, and the end of waiting for output after an exit.
+    fn keep_time(&mut self) {
+        let now = Instant::now();
+        let blocked = self.channel.is_blocked();
+        for exec in self.execs.values_mut() {
+            if exec.deadline.is_some_and(|deadline| deadline <= now) {
+                exec.time_is_up();
+            }
+            if exec.silence_ends(blocked, now).is_some_and(|end| end <= now) {
+                for source in &mut exec.sources {
+                    if let Some(mut source) = source.take() {
+                        self.channel.push(end_frame(&mut source));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Writes as much as the channel takes: control, then data in turns.
+    fn pump(&mut self) {
+        for _ in 0..WRITES {
+            if self.channel.is_blocked() || !self.channel.flush() {
+                return;
+            }
+            self.channel.load_control();
+            while self.load_data() {}
+            self.tell_exits();
+            self.channel.load_control();
+            if !self.channel.has_control() {
+                return;
+            }
+        }
+    }
+
+    /// Adds one frame of the stream whose turn it is. `false` when there is none, or no room.
+    fn load_data(&mut self) -> bool {
+        let exec_streams = self.execs.values().filter(|exec| exec.start.is_none()).flat_map(|exec| {
+            exec.sources.iter().flatten().map(|source| (source, exec.request.stream))
+        });
+        let get_streams = self.gets.iter().map(|(stream, get)| (&get.source, *stream));
+        let next = exec_streams
+            .chain(get_streams)
+            .filter(|(source, _)| may_send(source))
+            .map(|(source, owner)| (source.stream <= self.served, source.stream, owner))
+            .min();
+        let Some((_, stream, owner)) = next else { return false };
+        let mut exec = self.execs.get_mut(&owner);
+        let is_exec = exec.is_some();
+        let slot = match &mut exec {
+            Some(exec) => exec.sources.iter_mut().find(|slot| slot.as_ref().is_some_and(|slot| slot.stream == stream)),
+            None => None,
+        };
+        let source = match slot {
+            Some(Some(source)) => source,
+            _ => match self.gets.get_mut(&owner) {
+                Some(get) => &mut get.source,
+                None => return false,
+            },
+        };
+        let Some(space) = self.channel.data_space(source.credit) else { return false };
+        self.served = stream;
+        match rustix::io::read(&source.fd, space) {
+            Ok(count) if count > 0 => {
+                source.credit = source.credit.saturating_sub(cost(count));
+                let length = u32::try_from(count).unwrap_or(0);
+                let sequence = source.sequence.take();
+                self.channel.commit(Header { kind: Kind::Data, sequence, stream, length });
+                if let Some(exec) = exec {
+                    exec.quiet_since = Instant::now();
+                }
+            }
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => source.ready = false,
+            // A terminal whose last user is gone says EIO; that is its end.
+            Ok(_) | Err(_) if is_exec => {
+                let sequence = source.sequence.take();
+                self.channel.commit(Header { kind: Kind::DataEnd, sequence, stream, length: 0 });
+                if let Some(exec) = exec {
+                    exec.sources.iter_mut().for_each(|slot| {
+                        slot.take_if(|slot| slot.stream == stream);
+                    });
+                }
+            }
+            Ok(_) => {
+                let sequence = source.sequence.take();
+                self.channel.commit(Header { kind: Kind::DataEnd, sequence, stream, length: 0 });
+                self.gets.remove(&owner);
+            }
+            Err(error) => {
+                self.gets.remove(&owner);
+                self.stream_failed(stream, &format!("cannot read on: {error}"));
+            }
+        }
+        true
+    }
+
+    fn tell_exits(&mut self) {
+        while let Some(stream) = self.execs.values().find(|exec| exec.is_drained()).map(|exec| exec.request.stream) {
+            let Some(Exec { exited: Some((status, cpu_us)), .. }) = self.execs.remove(&stream) else { return };
+            self.channel.say(&GuestMessage::Exited { stream, status, cpu_us });
+        }
+    }
+
+    fn tell_noise(&mut self, skipped: u64) {
+        let (told, when) = self.noise_told;
+        if skipped != told && (told == 0 || when.elapsed() > NOISE_PAUSE) {
+            self.noise_told = (skipped, Instant::now());
+            self.channel.say(&GuestMessage::Noise { skipped });
+        }
+    }
+
+    fn stop(&mut self, how: StopHow) -> Result<Answer, Failure> {
+        if self.frozen {
+            self.frozen = false;
+            freeze::thaw()?;
+        }
+        if !system::is_init() {
+            return system::ask_init(how).map(|()| Answer::Done);
+        }
+        let _none_left = sys::kill(-1, libc::SIGTERM);
+        self.stopping = Some((how, Instant::now() + GRACE));
+        Ok(Answer::Done)
+    }
+
+    fn go_on_stopping(&mut self) {
+        if let Some((how, deadline)) = self.stopping {
+            let alone = sys::wait_any().is_err();
+            if alone || deadline <= Instant::now() {
+                self.channel.flush();
+                system::finish(how);
+            }
+        }
+    }
+}
+
+fn may_send(source: &Source) -> bool {
+    source.ready && source.credit >= LEAST_COST
+}
+
+fn end_frame(source: &mut Source) -> Vec<u8> {
+    let mut frame = Vec::new();
+    burgeon_guest::protocol::encode_frame(&mut frame, Kind::DataEnd, source.sequence.take(), source.stream, &[]);
+    frame
+}

@@ -1,0 +1,107 @@
+//! Cgroups: the agent's own, the commands', and the freezing of everything but the agent and the init.
+
+use std::{
+    fs, io,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use burgeon_guest::protocol::{Failure, FailureKind};
+
+use crate::spawn::failure;
+
+const ROOT: &str = "/sys/fs/cgroup";
+const AGENT: &str = "burgeon.agent";
+/// Where commands run.
+pub(crate) const COMMANDS: &str = "/sys/fs/cgroup/burgeon";
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Puts the agent into a cgroup of its own and makes the one of the commands.
+pub(crate) fn set_up() -> io::Result<()> {
+    join(&format!("{ROOT}/{AGENT}"))?;
+    match fs::create_dir(COMMANDS) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Moves the calling process into a cgroup, which is made when it is not there.
+pub(crate) fn join(cgroup: &str) -> io::Result<()> {
+    let procs = format!("{cgroup}/cgroup.procs");
+    match fs::write(&procs, "0") {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            fs::create_dir(cgroup)?;
+            fs::write(&procs, "0")
+        }
+        other => other,
+    }
+}
+
+/// Freezes every top-level cgroup but the agent's and systemd's own, and waits until all of them are still.
+/// What does not freeze in time is thawed again with the others.
+pub(crate) fn freeze() -> Result<(), Failure> {
+    let wrong = |error: io::Error| failure(FailureKind::Unsupported, format!("cannot freeze the workload: {error}"));
+    gather_strays().map_err(wrong)?;
+    let groups = set_all(true).map_err(wrong)?;
+    let until = Instant::now() + PATIENCE;
+    for group in &groups {
+        while !is_frozen(group) {
+            if Instant::now() > until {
+                let _best_effort = thaw();
+                let message = format!("cgroup {group} does not come to rest");
+                return Err(failure(FailureKind::Unsupported, message));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn thaw() -> Result<(), Failure> {
+    let wrong = |error: io::Error| failure(FailureKind::Unsupported, format!("cannot thaw the workload: {error}"));
+    set_all(false).map(|_| ()).map_err(wrong)
+}
+
+fn set_all(frozen: bool) -> io::Result<Vec<String>> {
+    let mut groups = Vec::new();
+    for entry in fs::read_dir(ROOT)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !entry.file_type()?.is_dir() || name == AGENT || name == "init.scope" {
+            continue;
+        }
+        // A group may vanish meanwhile; one without the switch holds no processes of ours to stop.
+        if fs::write(format!("{ROOT}/{name}/cgroup.freeze"), if frozen { "1" } else { "0" }).is_ok() {
+            groups.push(name);
+        }
+    }
+    Ok(groups)
+}
+
+fn is_frozen(group: &str) -> bool {
+    match fs::read_to_string(format!("{ROOT}/{group}/cgroup.events")) {
+        Ok(events) => events.lines().any(|line| line == "frozen 1"),
+        Err(_) => true,
+    }
+}
+
+/// The root cgroup cannot be frozen: moves its processes, which an init without cgroups leaves there, to the
+/// commands. A process may fork while it is looked at, so that is repeated until nothing new is found.
+fn gather_strays() -> io::Result<()> {
+    let own = std::process::id();
+    for _ in 0..8 {
+        let mut moved = false;
+        for line in fs::read_to_string(format!("{ROOT}/cgroup.procs"))?.lines() {
+            let Ok(pid) = line.parse::<u32>() else { continue };
+            // A kernel thread has no program, and freezing waits for it in vain.
+            if pid == 1 || pid == own || fs::read_link(format!("/proc/{pid}/exe")).is_err() {
+                continue;
+            }
+            moved |= fs::write(format!("{COMMANDS}/cgroup.procs"), line).is_ok();
+        }
+        if !moved {
+            break;
+        }
+    }
+    if Path::new(COMMANDS).is_dir() { Ok(()) } else { Err(io::Error::from(io::ErrorKind::NotFound)) }
+}

@@ -1,0 +1,177 @@
+//! Control messages. The order of variants and fields is the wire format: append, never reorder.
+//! Paths, arguments and environment are bytes, as Linux has them.
+
+use serde::{Deserialize, Serialize};
+
+/// What a host sends on stream 0.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HostMessage {
+    Hello(Hello),
+    Request { id: u32, request: Request },
+}
+
+/// Opens a session.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// The protocol version that the host speaks.
+    pub version: u16,
+    /// Chosen at random by the host. The agent ends what belongs to any other session.
+    pub session: [u8; 16],
+    /// Nanoseconds since 1970; sets the guest's clock when that is off by more than half a second.
+    pub host_time_ns: u64,
+    /// Becomes the guest's host name unless it is empty.
+    pub vm_name: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    Exec(Exec),
+    /// Sends a signal to an exec's process group.
+    Signal { stream: u32, signal: i32 },
+    Resize { stream: u32, size: TerminalSize },
+    /// The host wants no more of this stream: the exec is killed, the put undone, the get ended.
+    Close { stream: u32 },
+    Put { stream: u32, path: Vec<u8>, mode: u32, size: u64 },
+    Get { stream: u32, path: Vec<u8> },
+    /// Entries of a directory in byte order of their names, from the first one after `after`.
+    List { path: Vec<u8>, after: Vec<u8> },
+    /// Makes a directory and those above it; one that is there already is success.
+    MakeDirectory { path: Vec<u8>, mode: u32 },
+    /// Sets the clock; nanoseconds since 1970.
+    Clock { time_ns: u64 },
+    Figures,
+    /// Stops every process but the agent and the image's init, until Thaw.
+    Freeze,
+    Thaw,
+    Stop { how: StopHow },
+    /// Sets the host name.
+    Identity { host_name: String },
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exec {
+    /// Input is this stream, output the next, errors the one after.
+    pub stream: u32,
+    /// Empty: the user's login shell.
+    pub argv: Vec<Vec<u8>>,
+    pub env: Vec<(Vec<u8>, Vec<u8>)>,
+    /// The user's home when absent.
+    pub cwd: Option<Vec<u8>>,
+    /// Name or number; root when absent.
+    pub user: Option<Vec<u8>>,
+    pub terminal: Option<TerminalSize>,
+    pub time_limit_ms: Option<u64>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TerminalSize {
+    pub rows: u16,
+    pub columns: u16,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StopHow {
+    PowerOff,
+    Reboot,
+}
+
+/// What an agent sends on stream 0.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GuestMessage {
+    /// The agent has started, or met its channel anew.
+    Ready(About),
+    Welcome { session: [u8; 16], about: About },
+    /// The agent does not speak the host's version; it speaks this one.
+    Refused { version: u16, reason: String },
+    Reply { id: u32, result: Result<Answer, Failure> },
+    /// The last word of an exec.
+    Exited { stream: u32, status: ExitStatus, cpu_us: u64 },
+    /// The last word of a stream that broke, and why.
+    StreamFailed { stream: u32, reason: String },
+    /// A stage of the guest's start failed; the agent answers from its initramfs.
+    BootFailed { stage: String, reason: String },
+    /// Bytes that the agent has skipped so far.
+    Noise { skipped: u64 },
+}
+
+/// An agent's account of itself and its guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct About {
+    pub agent_version: String,
+    pub protocol_version: u16,
+    pub boot_id: String,
+    pub kernel: String,
+    pub host_name: String,
+    /// Whether the agent is process 1.
+    pub is_init: bool,
+    pub uptime_ms: u64,
+    /// Random for each message, from the guest's own generator: equal nonces show clones that were not reseeded.
+    pub nonce: u64,
+    /// What went wrong at the start without stopping it.
+    pub warnings: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    Done,
+    Started { pid: u32 },
+    File { mode: u32, size: u64 },
+    Entries { entries: Vec<FileEntry>, more: bool },
+    Figures(Figures),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileEntry {
+    pub name: Vec<u8>,
+    pub kind: FileKind,
+    /// Permission bits.
+    pub mode: u32,
+    pub size: u64,
+    /// Seconds since 1970.
+    pub modified_s: i64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FileKind {
+    File,
+    Directory,
+    Link,
+    Other,
+}
+
+/// Figures of a running guest; `burgeon_api::vm::Figures` on the wire.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Figures {
+    pub uptime_ms: u64,
+    pub load_hundredths: u32,
+    pub memory_total: u64,
+    pub memory_available: u64,
+    pub processes: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExitStatus {
+    Code(i32),
+    Signal(i32),
+    TimeLimit,
+}
+
+/// Why a request failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    pub kind: FailureKind,
+    pub message: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FailureKind {
+    Invalid,
+    NotFound,
+    PermissionDenied,
+    Exists,
+    /// Not in this guest, or not in its present state.
+    Unsupported,
+    /// Too many at once, or no space.
+    Limit,
+    Io,
+}

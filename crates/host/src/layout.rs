@@ -1,0 +1,142 @@
+//! Where things lie below the data directory, and the lock that keeps two processes from sharing one.
+
+use std::{
+    fs,
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    path::{Path, PathBuf},
+};
+
+use burgeon_api::{Error, Result, VmId};
+use rustix::fs::FlockOperation;
+
+/// A unix socket's path has 107 bytes; the longest below the data directory needs 31 of them.
+const LONGEST_DATA: usize = 76;
+
+/// The data directory. Everything of Burgeon lies below it.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    pub data: PathBuf,
+}
+
+impl Layout {
+    /// Makes the directories there must be, for this user only.
+    ///
+    /// # Errors
+    /// `Invalid` for a path too long for sockets; the system's reason otherwise.
+    pub fn create(data: &Path) -> Result<Layout> {
+        let data = std::path::absolute(data).map_err(|error| Error::io("resolve the data directory", &error))?;
+        if data.as_os_str().len() > LONGEST_DATA {
+            return Err(Error::invalid(format!(
+                "the data directory's path has {} bytes; unix sockets below it leave room for {LONGEST_DATA}",
+                data.as_os_str().len()
+            ))
+            .with_hint("choose a shorter one: --data DIR or BURGEON_DATA"));
+        }
+        let layout = Layout { data };
+        for directory in [layout.data.clone(), layout.vms(), layout.images(), layout.cache(), layout.temporary()] {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&directory)
+                .map_err(|error| Error::io(format!("create {}", directory.display()), &error))?;
+        }
+        fs::set_permissions(&layout.data, fs::Permissions::from_mode(0o700))
+            .map_err(|error| Error::io(format!("protect {}", layout.data.display()), &error))?;
+        Ok(layout)
+    }
+
+    pub fn vms(&self) -> PathBuf {
+        self.data.join("vms")
+    }
+    /// A VM's directory: named by the end of its id, which is random.
+    pub fn vm(&self, id: VmId) -> PathBuf {
+        let text = id.uuid().simple().to_string();
+        self.vms().join(&text[20..])
+    }
+    pub fn images(&self) -> PathBuf {
+        self.data.join("images")
+    }
+    pub fn image(&self, name: &str) -> PathBuf {
+        self.images().join(name)
+    }
+    pub fn cache(&self) -> PathBuf {
+        self.data.join("cache")
+    }
+    pub fn temporary(&self) -> PathBuf {
+        self.data.join("tmp")
+    }
+    pub fn host_socket(&self) -> PathBuf {
+        self.data.join("host.sock")
+    }
+    pub fn control_socket(&self) -> PathBuf {
+        self.data.join("control.sock")
+    }
+    pub fn meta(&self) -> PathBuf {
+        self.data.join("meta.db")
+    }
+    pub fn kvm_verdict(&self) -> PathBuf {
+        self.data.join("kvm.json")
+    }
+}
+
+/// Held by the one process of its kind that serves a data directory.
+#[derive(Debug)]
+pub struct Lock {
+    _file: fs::File,
+}
+
+impl Lock {
+    /// Takes the lock of `kind` (`host`, `control`, `serve`), or says who has it.
+    ///
+    /// # Errors
+    /// `Conflict` when another process has it.
+    pub fn take(layout: &Layout, kind: &str) -> Result<Lock> {
+        use std::io::{Read, Seek, Write};
+        let path = layout.data.join(format!("{kind}.lock"));
+        let mut file = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(|error| Error::io(format!("open {}", path.display()), &error))?;
+        if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            let mut owner = String::new();
+            // Whoever it is, the lock is taken; the number is only for the message.
+            drop(file.read_to_string(&mut owner));
+            return Err(Error::conflict(format!(
+                "{} is served by another {kind} process (pid {})",
+                layout.data.display(),
+                owner.trim()
+            ))
+            .with_hint("stop it first, or choose another directory with --data DIR"));
+        }
+        let write = || -> std::io::Result<()> {
+            file.set_len(0)?;
+            file.rewind()?;
+            writeln!(file, "{}", std::process::id())
+        };
+        let mut write = write;
+        write().map_err(|error| Error::io(format!("write {}", path.display()), &error))?;
+        Ok(Lock { _file: file })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_process_per_data_directory() {
+        let directory = tempfile::tempdir().unwrap();
+        let layout = Layout::create(directory.path()).unwrap();
+        let first = Lock::take(&layout, "host").unwrap();
+        let error = Lock::take(&layout, "host").unwrap_err();
+        assert!(error.message.contains(&format!("pid {}", std::process::id())), "{error}");
+        drop(first);
+        assert!(Lock::take(&layout, "host").is_ok());
+        let long = directory.path().join("x".repeat(90));
+        assert!(Layout::create(&long).unwrap_err().message.contains("unix sockets"));
+        assert!(!long.exists());
+    }
+}

@@ -1,0 +1,142 @@
+//! The first phase of a VM's start: its directory, with links to the image's files and an empty overlay.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
+
+use burgeon_api::{
+    ByteSize, Error, Result,
+    host::Launch,
+    image::{Boot, Image},
+    vm::Accelerator,
+};
+use burgeon_qemu::{
+    command::{Machine, file},
+    disk,
+    process::{RunAs, give_directory},
+};
+use sha2::{Digest, Sha256};
+
+use crate::layout::Layout;
+
+/// Makes everything that QEMU will open. Nothing outside `directory` (and the initramfs cache) changes.
+pub(crate) async fn prepare(
+    layout: &Layout,
+    directory: &Path,
+    launch: &Launch,
+    agent: &[u8],
+    run_as: RunAs,
+) -> Result<()> {
+    let image = PathBuf::from(&launch.image_directory);
+    if launch.image.boot == Boot::Agent {
+        link(&image.join(Image::KERNEL), &directory.join(file::KERNEL))?;
+        let initramfs = initramfs(layout, &image, &launch.image, agent)?;
+        link(&initramfs, &directory.join(file::INITRAMFS))?;
+    }
+    if let Some(size) = launch.image.disk {
+        let base = image.join(Image::DISK);
+        link(&base, &directory.join(file::BASE))?;
+        let length = fs::metadata(&base).map_err(|error| Error::io("look at the image's disk", &error))?.len();
+        if length != size.bytes() {
+            return Err(Error::damaged(format!(
+                "image {}: its disk has {length} bytes where {} are told",
+                launch.image.name,
+                size.bytes()
+            ))
+            .with_hint("build or import it again"));
+        }
+        let overlay = directory.join(file::OVERLAY);
+        disk::create_overlay(&overlay, disk_size(launch)).await?;
+        give(&overlay, run_as, 0o600)?;
+    }
+    if launch.image.boot == Boot::Firmware {
+        write_seed(directory, launch)?;
+    }
+    give_directory(directory, run_as)
+}
+
+/// The size of the VM's disk: the profile's wish, and never less than the image's.
+pub(crate) fn disk_size(launch: &Launch) -> ByteSize {
+    let image = launch.image.disk.unwrap_or_default();
+    launch.profile.disk.map_or(image, |wish| wish.max(image))
+}
+
+pub(crate) fn machine(launch: &Launch, accelerator: Accelerator) -> Machine {
+    Machine {
+        name: launch.name.clone(),
+        uuid: launch.id.to_string(),
+        profile: launch.profile.clone(),
+        boot: launch.image.boot,
+        accelerator,
+        disk: launch.image.disk.is_some(),
+        seed: launch.image.boot == Boot::Firmware,
+        init: launch.image.init.clone(),
+        kernel_parameters: launch.image.kernel_parameters.clone(),
+        tsc_khz: burgeon_qemu::facts::tsc_khz(),
+        translation_cache: ByteSize::mib(64),
+        extra_disks: Vec::new(),
+    }
+}
+
+/// The image's initramfs with this program's agent in front, made once per pair of them.
+pub(crate) fn initramfs(layout: &Layout, image: &Path, about: &Image, agent: &[u8]) -> Result<PathBuf> {
+    let hash: String = Sha256::digest(agent).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    let digest = about.digest.get(..16).unwrap_or(&about.digest);
+    let directory = layout.cache().join("initramfs");
+    fs::create_dir_all(&directory).map_err(|error| Error::io("create the initramfs cache", &error))?;
+    let path = directory.join(format!("{}-{digest}-{hash}.cpio", about.name));
+    if path.exists() {
+        return Ok(path);
+    }
+    let unique = format!("{}-{digest}.{}.{:?}.new", about.name, std::process::id(), std::thread::current().id());
+    let new = directory.join(unique);
+    burgeon_image::compose_initramfs(image, agent, &new)?;
+    fs::rename(&new, &path).map_err(|error| Error::io("keep an initramfs", &error))?;
+    Ok(path)
+}
+
+/// A hard link, so that the image may be removed or replaced while the VM lives; a copy where links
+/// cannot be made. Readable for QEMU's user, writable for nobody.
+fn link(from: &Path, to: &Path) -> Result<()> {
+    let name = from.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    if !from.exists() {
+        return Err(Error::damaged(format!("the image lacks its {name}")).with_hint("build or import it again"));
+    }
+    if to.exists() {
+        fs::remove_file(to).map_err(|error| Error::io(format!("replace {name}"), &error))?;
+    }
+    if fs::hard_link(from, to).is_err() {
+        fs::copy(from, to).map_err(|error| Error::io(format!("copy {name}"), &error))?;
+    }
+    fs::set_permissions(to, fs::Permissions::from_mode(0o444)).map_err(|error| Error::io(format!("protect {name}"), &error))
+}
+
+fn give(path: &Path, run_as: RunAs, mode: u32) -> Result<()> {
+    let act = || -> std::io::Result<()> {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
+        if let RunAs::User { number, .. } = run_as {
+            std::os::unix::fs::chown(path, Some(number), Some(number))?;
+        }
+        Ok(())
+    };
+    act().map_err(|error| Error::io(format!("hand over {}", path.display()), &error))
+}
+
+/// What cloud-init looks for in an image that is not ours (the NoCloud data source).
+fn write_seed(directory: &Path, launch: &Launch) -> Result<()> {
+    let seed = directory.join(file::SEED);
+    let write = || -> std::io::Result<()> {
+        fs::create_dir_all(&seed)?;
+        fs::set_permissions(&seed, fs::Permissions::from_mode(0o755))?;
+        let meta = format!("instance-id: {}\nlocal-hostname: {}\n", launch.id, launch.name);
+        let user = "#cloud-config\ngrowpart: {mode: auto}\nssh_pwauth: false\n";
+        for (name, text) in [("meta-data", meta.as_str()), ("user-data", user)] {
+            fs::write(seed.join(name), text)?;
+            fs::set_permissions(seed.join(name), fs::Permissions::from_mode(0o444))?;
+        }
+        Ok(())
+    };
+    write().map_err(|error| Error::io("write the NoCloud seed", &error))
+}

@@ -1,0 +1,72 @@
+//! `vm.json`: what a host process must know of a VM to find it again after its own death. Version 1.
+
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+use burgeon_api::{
+    Error, Result,
+    host::Launch,
+    vm::{Accelerator, Limit, Observed},
+};
+use burgeon_qemu::{
+    command::file,
+    process::{Identity, identity_of},
+};
+use serde::{Deserialize, Serialize};
+
+pub(crate) const FORMAT: u32 = 1;
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Record {
+    pub format: u32,
+    pub launch: Launch,
+    pub accelerator: Accelerator,
+    pub host_boot_id: String,
+    /// Absent until QEMU has been started.
+    pub process: Option<Identity>,
+    pub limits: Vec<Limit>,
+    pub adoptions: u32,
+    /// How it ended, once it has.
+    pub ended: Option<Observed>,
+}
+
+impl Record {
+    pub(crate) fn load(directory: &Path) -> Result<Record> {
+        let path = directory.join(file::RECORD);
+        let bytes = fs::read(&path).map_err(|error| Error::io(format!("read {}", path.display()), &error))?;
+        let record: Record = serde_json::from_slice(&bytes)
+            .map_err(|error| Error::damaged(format!("{} does not read: {error}", path.display())))?;
+        if record.format != FORMAT {
+            return Err(Error::refused(format!("{} has format {}; this Burgeon knows {FORMAT}", path.display(), record.format)));
+        }
+        Ok(record)
+    }
+
+    /// Replaces the file as a whole: a reader sees the old record or the new one.
+    pub(crate) fn store(&self, directory: &Path) -> Result<()> {
+        let path = directory.join(file::RECORD);
+        let new = directory.join("vm.json.new");
+        let write = || -> std::io::Result<()> {
+            let mut out = fs::File::create(&new)?;
+            out.write_all(&serde_json::to_vec_pretty(self)?)?;
+            out.sync_data()?;
+            fs::rename(&new, &path)
+        };
+        write().map_err(|error| Error::io(format!("write {}", path.display()), &error))
+    }
+}
+
+/// Finds a QEMU that runs in `directory` although the record does not name it: the host process died
+/// between starting it and writing that down.
+pub(crate) fn find_unrecorded(directory: &Path) -> Option<Identity> {
+    let directory = fs::canonicalize(directory).ok()?;
+    fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
+        let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
+        let cwd: PathBuf = fs::read_link(format!("/proc/{pid}/cwd")).ok()?;
+        let identity = (cwd == directory).then(|| identity_of(pid)).flatten()?;
+        identity.executable.file_name()?.to_str()?.starts_with("qemu-system").then_some(identity)
+    })
+}

@@ -1,0 +1,154 @@
+//! The VMs of this host. One task owns the table.
+
+use std::{collections::HashMap, path::Path, sync::Arc};
+
+use burgeon_api::{
+    Error, Result, VmId,
+    host::Launch,
+    vm::{HostVm, Observed},
+};
+use burgeon_plan::adopt::{self, Answer, Recorded, Seen, Verdict};
+use burgeon_qemu::process::{Process, host_boot_id, identity_of};
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use crate::{
+    record::{Record, find_unrecorded},
+    start::Context,
+    vm::{self, VmHandle, with_figures},
+};
+
+enum Ask {
+    Launch { launch: Box<Launch>, reply: oneshot::Sender<Result<()>> },
+    Get { id: VmId, reply: oneshot::Sender<Option<VmHandle>> },
+    List { reply: oneshot::Sender<Vec<HostVm>> },
+}
+
+#[derive(Clone)]
+pub(crate) struct Registry {
+    asks: mpsc::Sender<Ask>,
+    changes: broadcast::Sender<HostVm>,
+}
+
+impl Registry {
+    /// Finds what an earlier host process has left, and serves the table.
+    pub(crate) fn start(context: Arc<Context>) -> Registry {
+        let (changes, _) = broadcast::channel(256);
+        let (asks, receiver) = mpsc::channel(64);
+        let found = find_left_over(&context, &changes);
+        tokio::spawn(own(context, found, changes.clone(), receiver));
+        Registry { asks, changes }
+    }
+
+    async fn ask<T>(&self, make: impl FnOnce(oneshot::Sender<T>) -> Ask) -> Result<T> {
+        let (reply, receiver) = oneshot::channel();
+        let gone = || Error::unavailable("the host process is leaving");
+        self.asks.send(make(reply)).await.map_err(|_| gone())?;
+        receiver.await.map_err(|_| gone())
+    }
+
+    pub(crate) async fn launch(&self, launch: Launch) -> Result<()> {
+        self.ask(|reply| Ask::Launch { launch: Box::new(launch), reply }).await?
+    }
+
+    pub(crate) async fn get(&self, id: VmId) -> Result<VmHandle> {
+        self.ask(|reply| Ask::Get { id, reply })
+            .await?
+            .ok_or_else(|| Error::not_found(format!("VM {id} is not on this host")))
+    }
+
+    pub(crate) async fn list(&self) -> Result<Vec<HostVm>> {
+        self.ask(|reply| Ask::List { reply }).await
+    }
+
+    pub(crate) fn changes(&self) -> broadcast::Receiver<HostVm> {
+        self.changes.subscribe()
+    }
+}
+
+async fn own(
+    context: Arc<Context>,
+    mut vms: HashMap<VmId, VmHandle>,
+    changes: broadcast::Sender<HostVm>,
+    mut asks: mpsc::Receiver<Ask>,
+) {
+    while let Some(ask) = asks.recv().await {
+        // A task that has ended was removed, with all that it left.
+        vms.retain(|_, handle| !handle.commands.is_closed());
+        match ask {
+            Ask::Launch { launch, reply } => {
+                let id = launch.id;
+                let outcome = if vms.contains_key(&id) {
+                    Ok(())
+                } else {
+                    vm::launch(context.clone(), *launch, changes.clone()).map(|handle| {
+                        vms.insert(id, handle);
+                    })
+                };
+                drop(reply.send(outcome));
+            }
+            Ask::Get { id, reply } => drop(reply.send(vms.get(&id).cloned())),
+            Ask::List { reply } => {
+                let mut all: Vec<HostVm> = vms.values().map(|handle| with_figures(handle.view.borrow().clone())).collect();
+                all.sort_by_key(|view| view.id);
+                drop(reply.send(all));
+            }
+        }
+    }
+}
+
+fn find_left_over(context: &Arc<Context>, changes: &broadcast::Sender<HostVm>) -> HashMap<VmId, VmHandle> {
+    let mut vms = HashMap::new();
+    let Ok(directories) = std::fs::read_dir(context.layout.vms()) else { return vms };
+    for directory in directories.flatten().map(|entry| entry.path()) {
+        match Record::load(&directory) {
+            Ok(record) => {
+                let (record, found) = look_for(&directory, record);
+                if let Err(ended) = &found {
+                    tracing::info!(vm = %record.launch.name, state = ended.name(), reason = ended.detail(), "found");
+                }
+                let id = record.launch.id;
+                vms.insert(id, vm::resume(context.clone(), directory, record, found, changes.clone()));
+            }
+            Err(error) => tracing::error!(directory = %directory.display(), %error, "a VM's record does not read; its directory is left as it is"),
+        }
+    }
+    vms
+}
+
+/// Decides whether a recorded VM still runs: its process, or how it ended.
+fn look_for(directory: &Path, mut record: Record) -> (Record, Result<Arc<Process>, Observed>) {
+    if let Some(ended) = record.ended.clone() {
+        return (record, Err(ended));
+    }
+    if record.process.is_none() {
+        record.process = find_unrecorded(directory);
+        record.host_boot_id = host_boot_id();
+    }
+    let lost = |reason: String| Observed::Failed { reason };
+    let Some(identity) = record.process.clone() else {
+        let reason = "the host process was gone before QEMU had been started";
+        return (record, Err(lost(reason.into())));
+    };
+    let recorded = Recorded {
+        pid: identity.pid,
+        start_time_ticks: identity.start_ticks,
+        executable: identity.executable.display().to_string(),
+        boot_id: record.host_boot_id.clone(),
+    };
+    let seen = match identity_of(identity.pid) {
+        Some(now) => Seen::Process {
+            start_time_ticks: now.start_ticks,
+            executable: Some(now.executable.display().to_string()),
+        },
+        None => Seen::Nothing,
+    };
+    // Whether its sockets answer is tried next, by the VM's own task.
+    let answer = Answer::None { reason: "not asked yet".into() };
+    match adopt::decide(&recorded, &seen, &host_boot_id(), &answer) {
+        Verdict::Gone { reason } => (record, Err(lost(format!("lost while the host process was away: {reason}")))),
+        Verdict::Adopt | Verdict::Unreachable { .. } => match Process::hold(&identity) {
+            Ok(process) => (record, Ok(Arc::new(process))),
+            Err(error) => (record, Err(lost(format!("lost while the host process was away: {error}")))),
+        },
+    }
+}

@@ -1,0 +1,307 @@
+//! The host's unix socket: one request per connection.
+
+use std::{sync::Arc, time::Duration};
+
+use burgeon_api::{
+    Error, Result, VmId,
+    host::{Envelope, FileEntry, FileKind, FileRequest, Reply, Request, VERSION},
+    vm::{HostVm, Observed},
+};
+use burgeon_guest::protocol::FileKind as GuestFileKind;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{UnixListener, UnixStream},
+    sync::{broadcast, mpsc, oneshot},
+};
+
+use crate::{
+    console,
+    registry::Registry,
+    session::Attachment,
+    start::Context,
+    vm::{Command, VmHandle},
+};
+
+const MOST_REQUEST: u32 = 4 << 20;
+/// A request's first line must come within this.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Serves until `leave` is asked for.
+pub(crate) async fn serve(listener: UnixListener, context: Arc<Context>, registry: Registry, build: String) -> Result<()> {
+    let (leave, mut leaving) = mpsc::channel::<()>(1);
+    let build: Arc<str> = build.into();
+    loop {
+        tokio::select! {
+            connection = listener.accept() => match connection {
+                Ok((stream, _)) => {
+                    let connection = Connection { context: context.clone(), registry: registry.clone(), build: build.clone(), leave: leave.clone() };
+                    tokio::spawn(connection.serve(stream));
+                }
+                Err(error) => {
+                    tracing::error!(%error, "the host's socket does not accept");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            },
+            Some(()) = leaving.recv() => return Ok(()),
+        }
+    }
+}
+
+struct Connection {
+    context: Arc<Context>,
+    registry: Registry,
+    build: Arc<str>,
+    leave: mpsc::Sender<()>,
+}
+
+impl Connection {
+    async fn serve(self, mut stream: UnixStream) {
+        if let Err(error) = self.answer(&mut stream).await {
+            // A client that is gone needs no answer.
+            drop(reply(&mut stream, &Reply::Refused(error)).await);
+        }
+    }
+
+    async fn answer(self, stream: &mut UnixStream) -> Result<()> {
+        let request = tokio::time::timeout(REQUEST_DEADLINE, read_request(stream))
+            .await
+            .map_err(|_| Error::deadline("no request came"))??;
+        match request {
+            Request::Hello => {
+                let (accelerator, reason) = match self.context.verdict.get() {
+                    Some(verdict) => (verdict.accelerator(), verdict.reason.clone()),
+                    None => (burgeon_api::vm::Accelerator::Tcg, "not decided yet: the first VM's kernel will be the probe".into()),
+                };
+                reply(stream, &Reply::Hello {
+                    version: VERSION,
+                    pid: std::process::id(),
+                    build: self.build.to_string(),
+                    accelerator,
+                    accelerator_reason: reason,
+                })
+                .await
+            }
+            Request::List => {
+                let vms = self.registry.list().await?;
+                reply(stream, &Reply::Vms(vms)).await
+            }
+            Request::Launch(launch) => {
+                self.registry.launch(*launch).await?;
+                reply(stream, &Reply::Done).await
+            }
+            Request::Stop { vm, mode } => {
+                self.ask_vm(vm, |done| Command::Stop { mode, done }).await??;
+                reply(stream, &Reply::Done).await
+            }
+            Request::Remove { vm } => {
+                match self.ask_vm(vm, |done| Command::Remove { done }).await {
+                    Ok(outcome) => outcome?,
+                    // Not there, or gone while it was asked: that is what was wanted.
+                    Err(error) if error.kind == burgeon_api::ErrorKind::NotFound => {}
+                    Err(error) => return Err(error),
+                }
+                reply(stream, &Reply::Done).await
+            }
+            Request::EndSessions { vm } => {
+                self.ask_vm(vm, |done| Command::EndSessions { done }).await??;
+                reply(stream, &Reply::Done).await
+            }
+            Request::Exec { vm, attach } => {
+                let handle = self.registry.get(vm).await?;
+                reply(stream, &Reply::Stream).await?;
+                self.hand_over(stream, &handle, |stream| Command::Exec {
+                    attachment: Box::new(Attachment { stream, attach: *attach }),
+                })
+                .await
+            }
+            Request::Console { vm } => {
+                let handle = self.running(vm).await?;
+                reply(stream, &Reply::Stream).await?;
+                self.hand_over(stream, &handle, |client| Command::Console { client }).await
+            }
+            Request::Display { vm } => {
+                let handle = self.running(vm).await?;
+                reply(stream, &Reply::Stream).await?;
+                self.hand_over(stream, &handle, |client| Command::Display { client }).await
+            }
+            Request::File { vm, request } => self.file(stream, vm, request).await,
+            Request::Figures { vm } => {
+                let figures = self.agent(vm).await?.figures().await?;
+                reply(stream, &Reply::Figures(figures)).await
+            }
+            Request::Freeze { vm } => {
+                self.agent(vm).await?.freeze().await?;
+                reply(stream, &Reply::Done).await
+            }
+            Request::Thaw { vm } => {
+                self.agent(vm).await?.thaw().await?;
+                reply(stream, &Reply::Done).await
+            }
+            Request::Log { vm } => {
+                let handle = self.registry.get(vm).await?;
+                let text = tokio::task::spawn_blocking(move || console::log_text(&handle.directory))
+                    .await
+                    .map_err(|error| Error::internal(format!("read the console's log: {error}")))?;
+                reply(stream, &Reply::Log { text, dropped_bytes: 0 }).await
+            }
+            Request::Watch => self.watch(stream).await,
+            Request::Exit => {
+                let vms = self.registry.list().await?;
+                let live = |vm: &&HostVm| !matches!(vm.observed, Observed::Stopped { .. } | Observed::Failed { .. });
+                if let Some(vm) = vms.iter().find(live) {
+                    return Err(Error::conflict(format!("VM {} is {}", vm.name, vm.observed.name())));
+                }
+                reply(stream, &Reply::Done).await?;
+                if self.leave.try_send(()).is_err() {
+                    tracing::debug!("asked to leave already");
+                }
+                Ok(())
+            }
+        }
+    }
+
+    async fn ask_vm<T>(&self, vm: VmId, make: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T> {
+        let handle = self.registry.get(vm).await?;
+        let (sender, receiver) = oneshot::channel();
+        let gone = || Error::not_found(format!("VM {vm} has just been removed"));
+        handle.commands.send(make(sender)).await.map_err(|_| gone())?;
+        receiver.await.map_err(|_| gone())
+    }
+
+    async fn running(&self, vm: VmId) -> Result<VmHandle> {
+        let handle = self.registry.get(vm).await?;
+        let observed = handle.view.borrow().observed.clone();
+        if observed == Observed::Running {
+            return Ok(handle);
+        }
+        let name = handle.view.borrow().name.clone();
+        Err(Error::unavailable(format!("VM {name} is {} {}", observed.name(), observed.detail()).trim_end().to_string()))
+    }
+
+    async fn agent(&self, vm: VmId) -> Result<burgeon_guest::client::AgentClient> {
+        self.ask_vm(vm, |reply| Command::Agent { reply }).await?
+    }
+
+    async fn hand_over(
+        &self,
+        stream: &mut UnixStream,
+        handle: &VmHandle,
+        make: impl FnOnce(UnixStream) -> Command,
+    ) -> Result<()> {
+        // The connection changes hands; what stays behind is one end of a pair that nobody uses.
+        let (spare, _) = UnixStream::pair().map_err(|error| Error::io("hand over a connection", &error))?;
+        let stream = std::mem::replace(stream, spare);
+        handle
+            .commands
+            .send(make(stream))
+            .await
+            .map_err(|_| Error::not_found("the VM has just been removed"))
+    }
+
+    async fn file(&self, stream: &mut UnixStream, vm: VmId, request: FileRequest) -> Result<()> {
+        let agent = self.agent(vm).await?;
+        match request {
+            FileRequest::Put { path, mode, size } => {
+                let content = (&mut *stream).take(size);
+                agent.put(&path, mode, size, content).await?;
+                reply(stream, &Reply::Done).await
+            }
+            FileRequest::Get { path } => {
+                let (mode, size, mut content) = agent.get(&path).await?;
+                reply(stream, &Reply::Content { mode, size }).await?;
+                // After the reply a failure can only be told by the missing bytes.
+                while let Ok(Some(data)) = content.next().await {
+                    stream.write_all(&data).await.map_err(|error| Error::io("send a file", &error))?;
+                }
+                Ok(())
+            }
+            FileRequest::List { path } => {
+                let entries = agent.list(&path).await?;
+                let entries = entries
+                    .into_iter()
+                    .map(|entry| FileEntry {
+                        name: entry.name,
+                        kind: match entry.kind {
+                            GuestFileKind::File => FileKind::File,
+                            GuestFileKind::Directory => FileKind::Directory,
+                            GuestFileKind::Link => FileKind::Link,
+                            GuestFileKind::Other => FileKind::Other,
+                        },
+                        mode: entry.mode,
+                        size: entry.size,
+                    })
+                    .collect();
+                reply(stream, &Reply::Entries(entries)).await
+            }
+            FileRequest::MakeDirectory { path, mode } => {
+                agent.make_directory(&path, mode).await?;
+                reply(stream, &Reply::Done).await
+            }
+        }
+    }
+
+    async fn watch(&self, stream: &mut UnixStream) -> Result<()> {
+        let mut changes = self.registry.changes();
+        reply(stream, &Reply::Stream).await?;
+        let mut gone = [0];
+        loop {
+            tokio::select! {
+                change = changes.recv() => {
+                    let vm = match change {
+                        Ok(vm) => vm,
+                        // The watcher asks for the whole list at every change, and more changes follow this gap.
+                        Err(broadcast::error::RecvError::Lagged(_)) => continue,
+                        Err(broadcast::error::RecvError::Closed) => return Ok(()),
+                    };
+                    if send(stream, &vm).await.is_err() {
+                        return Ok(());
+                    }
+                }
+                _ = stream.read(&mut gone) => return Ok(()),
+            }
+        }
+    }
+}
+
+async fn read_request(stream: &mut UnixStream) -> Result<Request> {
+    let line = read_message(stream).await?;
+    let about: Envelope = serde_json::from_slice(&line).map_err(|error| {
+        match serde_json::from_slice::<serde_json::Value>(&line).ok().and_then(|value| value["version"].as_u64()) {
+            Some(version) if version != u64::from(VERSION) => wrong_version(version),
+            _ => Error::invalid(format!("the request does not read: {error}")),
+        }
+    })?;
+    if about.version != VERSION {
+        return Err(wrong_version(about.version.into()));
+    }
+    Ok(about.request)
+}
+
+fn wrong_version(version: u64) -> Error {
+    Error::refused(format!("host protocol version {version} is not known; this host process speaks version {VERSION}"))
+        .with_hint("restart both processes of this machine from the same Burgeon")
+}
+
+/// A message: its length as four bytes, little-endian, then JSON.
+async fn read_message(stream: &mut UnixStream) -> Result<Vec<u8>> {
+    let failed = |error: std::io::Error| Error::io("read a request", &error);
+    let length = stream.read_u32_le().await.map_err(failed)?;
+    if length > MOST_REQUEST {
+        return Err(Error::invalid(format!("a request of {length} bytes")));
+    }
+    let mut message = vec![0; length as usize];
+    stream.read_exact(&mut message).await.map_err(failed)?;
+    Ok(message)
+}
+
+async fn reply(stream: &mut UnixStream, reply: &Reply) -> Result<()> {
+    send(stream, reply).await.map_err(|error| Error::io("answer a request", &error))
+}
+
+async fn send(stream: &mut UnixStream, value: &impl serde::Serialize) -> std::io::Result<()> {
+    let mut message = vec![0; 4];
+    serde_json::to_writer(&mut message, value)?;
+    let length = u32::try_from(message.len() - 4).unwrap_or(u32::MAX);
+    message[..4].copy_from_slice(&length.to_le_bytes());
+    stream.write_all(&message).await
+}

@@ -1,0 +1,346 @@
+//! Bringing a VM up, phase by phase, under a watchdog; and finding one again after our own restart.
+//!
+//! ```text
+//! queued -> prepare -> start -> boot -> ready
+//!             |          |        |
+//!             +----------+--------+--> failed (the process is killed, the reason told)
+//! ```
+//! Under emulation on a busy host a guest kernel now and then hangs at boot; such a VM is started once more.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use burgeon_api::{
+    Error, ErrorKind, Result,
+    host::Launch,
+    image::Boot,
+    vm::{Accelerator, GuestView, Limit, PhaseTime},
+};
+use burgeon_guest::client::{AgentClient, Options as ChannelOptions};
+use burgeon_qemu::{
+    command::{arguments, file},
+    facts::Qemu,
+    probe::{self, Verdict, Wish},
+    process::{self, Process, RunAs, log_tail},
+    qmp::Qmp,
+};
+use tokio::{
+    net::UnixStream,
+    sync::{OnceCell, Semaphore},
+    time::Instant,
+};
+
+use crate::{cgroup::Groups, console::Console, layout::Layout, prepare, record::Record};
+
+/// How long a guest may take to its agent's first word before it is started again.
+const BOOT_DEADLINE: Duration = Duration::from_secs(60);
+const BOOT_TRIES: u32 = 2;
+/// How long QEMU may take to open its sockets.
+const MONITOR_DEADLINE: Duration = Duration::from_secs(20);
+
+/// What all VMs of this host process share.
+pub(crate) struct Context {
+    pub(crate) layout: Layout,
+    pub(crate) agent: &'static [u8],
+    pub(crate) qemu: Qemu,
+    pub(crate) wish: Wish,
+    pub(crate) verdict: OnceCell<Verdict>,
+    pub(crate) groups: Groups,
+    /// Booting takes a whole CPU: more at once than there are CPUs only makes all of them late.
+    pub(crate) boot_slots: Semaphore,
+}
+
+/// A VM that is up.
+pub(crate) struct Up {
+    pub(crate) process: Arc<Process>,
+    pub(crate) qmp: Qmp,
+    pub(crate) console: Option<Console>,
+    pub(crate) agent: Option<AgentClient>,
+    pub(crate) guest: Option<GuestView>,
+}
+
+/// Told to the VM's task while the start goes on.
+pub(crate) enum Step {
+    Phase(&'static str, Vec<PhaseTime>),
+    Started { record: Box<Record> },
+}
+
+impl Context {
+    /// What runs guests here, and why. Decided at the first start, with the kernel about to be used.
+    pub(crate) async fn accelerator(&self, launch: &Launch) -> Result<&Verdict> {
+        self.verdict
+            .get_or_try_init(|| async {
+                let verdict = |kvm_works, reason: &str| Verdict {
+                    host_boot_id: process::host_boot_id(),
+                    qemu_version: self.qemu.version.clone(),
+                    kvm_works,
+                    reason: reason.to_string(),
+                };
+                if self.wish == Wish::Tcg {
+                    return Ok(verdict(false, "BURGEON_ACCEL=tcg asks for emulation"));
+                }
+                let known = Verdict::load(&self.layout.kvm_verdict(), &self.qemu);
+                let found = match known {
+                    Some(known) => known,
+                    None if probe::device().is_err() || launch.image.boot == Boot::Agent => {
+                        let found = self.probe(launch).await?;
+                        found.store(&self.layout.kvm_verdict());
+                        found
+                    }
+                    None => verdict(false, "KVM is not proven yet: no image with a Burgeon kernel has run; emulated (TCG)"),
+                };
+                if self.wish == Wish::Kvm && !found.kvm_works {
+                    return Err(Error::refused(format!("BURGEON_ACCEL=kvm, and KVM does not work here: {}", found.reason))
+                        .with_hint("set BURGEON_ACCEL=auto to run emulated"));
+                }
+                Ok(found)
+            })
+            .await
+    }
+
+    async fn probe(&self, launch: &Launch) -> Result<Verdict> {
+        let directory = self.layout.temporary().join(format!("kvm-probe-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).map_err(|error| Error::io("prepare the KVM probe", &error))?;
+        let image = PathBuf::from(&launch.image_directory);
+        let copied = (|| {
+            let initramfs = prepare::initramfs(&self.layout, &image, &launch.image, self.agent)?;
+            for (from, to) in [(initramfs, file::INITRAMFS), (image.join("vmlinuz"), file::KERNEL)] {
+                std::fs::copy(&from, directory.join(to)).map_err(|error| Error::io("prepare the KVM probe", &error))?;
+            }
+            Ok(())
+        })();
+        let verdict = match (probe::device(), copied) {
+            (Ok(()), Err(error)) => Err(error),
+            _ => Ok(probe::probe(&self.qemu, &directory).await),
+        };
+        if let Err(error) = std::fs::remove_dir_all(&directory) {
+            tracing::debug!(%error, "the KVM probe's directory stays");
+        }
+        verdict
+    }
+}
+
+/// Times the phases of a start.
+struct Phases<'a> {
+    tell: &'a (dyn Fn(Step) + Send + Sync),
+    times: Vec<PhaseTime>,
+    since: Instant,
+    current: &'static str,
+}
+
+impl Phases<'_> {
+    fn enter(&mut self, phase: &'static str) {
+        let now = Instant::now();
+        if !self.current.is_empty() {
+            let microseconds = u64::try_from((now - self.since).as_micros()).unwrap_or(u64::MAX);
+            self.times.push(PhaseTime { phase: self.current.to_string(), microseconds });
+        }
+        self.since = now;
+        self.current = phase;
+        (self.tell)(Step::Phase(phase, self.times.clone()));
+    }
+}
+
+/// Starts a VM from nothing. The caller may drop the future's cancellation by killing the recorded process.
+pub(crate) async fn bring_up(
+    context: &Context,
+    directory: &Path,
+    launch: &Launch,
+    tell: &(dyn Fn(Step) + Send + Sync),
+) -> Result<Up> {
+    let mut phases = Phases { tell, times: Vec::new(), since: Instant::now(), current: "" };
+    phases.enter("queued");
+    let verdict = context.accelerator(launch).await?.clone();
+    let slot = context.boot_slots.acquire().await;
+    let mut last = None;
+    for attempt in 1..=BOOT_TRIES {
+        match try_once(context, directory, launch, verdict.accelerator(), &mut phases).await {
+            Ok(up) => {
+                drop(slot);
+                phases.enter("ready");
+                return Ok(up);
+            }
+            Err(error) if error.kind == ErrorKind::Deadline && attempt < BOOT_TRIES => {
+                tracing::warn!(vm = %launch.name, %error, "the guest did not come up; it is started once more");
+                last = Some(error);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Err(last.unwrap_or_else(|| Error::internal("the VM was not started")))
+}
+
+async fn try_once(
+    context: &Context,
+    directory: &Path,
+    launch: &Launch,
+    accelerator: Accelerator,
+    phases: &mut Phases<'_>,
+) -> Result<Up> {
+    phases.enter("prepare");
+    let run_as = process::run_as(launch.id.uuid().as_u128(), accelerator);
+    prepare::prepare(&context.layout, directory, launch, context.agent, run_as).await?;
+    phases.enter("start");
+    let words = arguments(&prepare::machine(launch, accelerator));
+    let identity = process::start(&context.qemu.program, &words, directory, file::QEMU_LOG, run_as)?;
+    let process = Arc::new(Process::hold(&identity).map_err(|_| {
+        Error::internal(format!("QEMU ended at once: {}", log_tail(&directory.join(file::QEMU_LOG), 600)))
+    })?);
+    let mut guard = KillUnlessUp { process: process.clone(), armed: true };
+    let mut limits = context.groups.limit(&group_name(launch), identity.pid, &launch.profile);
+    limits.extend(standing_limits(run_as));
+    let record = Record {
+        format: crate::record::FORMAT,
+        launch: launch.clone(),
+        accelerator,
+        host_boot_id: process::host_boot_id(),
+        process: Some(identity),
+        limits,
+        adoptions: 0,
+        ended: None,
+    };
+    record.store(directory)?;
+    (phases.tell)(Step::Started { record: Box::new(record) });
+    let up = connect(directory, launch, process, phases).await?;
+    guard.armed = false;
+    Ok(up)
+}
+
+/// Ends QEMU when a start fails or is given up half-way.
+struct KillUnlessUp {
+    process: Arc<Process>,
+    armed: bool,
+}
+
+impl Drop for KillUnlessUp {
+    fn drop(&mut self) {
+        if self.armed {
+            self.process.kill();
+        }
+    }
+}
+
+pub(crate) fn group_name(launch: &Launch) -> String {
+    format!("burgeon-vm-{}", launch.id.short())
+}
+
+fn standing_limits(run_as: RunAs) -> [Limit; 2] {
+    let user = match run_as {
+        RunAs::User { number, .. } => ("enforced".to_string(), format!("QEMU runs as user {number}")),
+        RunAs::Same if rustix::process::geteuid().is_root() => {
+            ("not enforced: only root may open /dev/kvm here".to_string(), "QEMU runs as root".to_string())
+        }
+        RunAs::Same => ("enforced".to_string(), "QEMU runs as the user of the host process".to_string()),
+    };
+    let sandbox = "QEMU's seccomp filter: no new processes, no privileges, no resource control";
+    [
+        Limit { name: "user".into(), value: user.1, enforcement: user.0 },
+        Limit { name: "sandbox".into(), value: sandbox.into(), enforcement: "enforced".into() },
+    ]
+}
+
+async fn connect(directory: &Path, launch: &Launch, process: Arc<Process>, phases: &mut Phases<'_>) -> Result<Up> {
+    let opened = async {
+        let deadline = Instant::now() + MONITOR_DEADLINE;
+        let stream = connect_socket(&directory.join(file::CONSOLE), deadline).await?;
+        let console = Console::attach(stream, directory);
+        let qmp = loop {
+            match Qmp::connect(&directory.join(file::MONITOR), deadline).await {
+                Ok(qmp) => break qmp,
+                Err(error) if error.kind == ErrorKind::Unavailable && Instant::now() < deadline => {
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                }
+                Err(error) => return Err(error),
+            }
+        };
+        Ok((console, qmp))
+    };
+    let ended = || Error::internal(format!("QEMU ended: {}", log_tail(&directory.join(file::QEMU_LOG), 600)));
+    let (console, qmp) = tokio::select! {
+        opened = opened => opened?,
+        () = process.ended() => return Err(ended()),
+    };
+    let mut up = Up { process: process.clone(), qmp, console: Some(console), agent: None, guest: None };
+    if launch.image.boot == Boot::Firmware {
+        return Ok(up);
+    }
+    phases.enter("boot");
+    let mut events = up.qmp.subscribe();
+    let reset = async {
+        loop {
+            match events.recv().await {
+                Ok(event) if event.name == "RESET" && event.data["guest"] == true => return,
+                Ok(_) | Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
+                Err(tokio::sync::broadcast::error::RecvError::Closed) => std::future::pending().await,
+            }
+        }
+    };
+    let said = || log_tail(&directory.join(file::CONSOLE_LOG), 2000);
+    let deadline = Instant::now() + BOOT_DEADLINE;
+    let agent = tokio::select! {
+        agent = attach_agent(directory, &launch.name, deadline) => agent.map_err(|error| match error.kind {
+            ErrorKind::Deadline => Error::deadline(format!(
+                "the guest's agent said nothing within {} s; last words on the console: {}",
+                BOOT_DEADLINE.as_secs(), said()
+            )),
+            _ => error,
+        })?,
+        () = process.ended() => return Err(ended()),
+        () = reset => return Err(Error::internal(format!("the guest reset itself while booting: {}", said()))),
+    };
+    up.guest = Some(agent.1);
+    up.agent = Some(agent.0);
+    Ok(up)
+}
+
+async fn connect_socket(path: &Path, deadline: Instant) -> Result<UnixStream> {
+    loop {
+        match UnixStream::connect(path).await {
+            Ok(stream) => return Ok(stream),
+            Err(_) if Instant::now() < deadline => tokio::time::sleep(Duration::from_millis(2)).await,
+            Err(error) => return Err(Error::io(format!("connect to {}", path.display()), &error)),
+        }
+    }
+}
+
+async fn attach_agent(directory: &Path, name: &str, deadline: Instant) -> Result<(AgentClient, GuestView)> {
+    let stream = connect_socket(&directory.join(file::AGENT), deadline).await?;
+    let mut session = [0; 16];
+    rustix::rand::getrandom(&mut session, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| Error::io("take random bytes", &error.into()))?;
+    let client = AgentClient::connect(stream, ChannelOptions::new(session, name, clock_ns));
+    let about = client.wait_ready(deadline).await?;
+    for warning in &about.warnings {
+        tracing::warn!(vm = name, %warning, "the guest says");
+    }
+    let view = client.guest_view().ok_or_else(|| Error::unavailable("the channel to the guest ended"))?;
+    Ok((client, view))
+}
+
+/// Nanoseconds since 1970, for the guest's clock.
+#[expect(clippy::disallowed_methods, reason = "the shell that reads the clock")]
+fn clock_ns() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Takes hold of a VM that runs already. QEMU's monitor and the agent are tried each for a moment;
+/// what does not answer is reported and tried again later, never taken for dead.
+pub(crate) async fn adopt(directory: &Path, launch: &Launch, process: Arc<Process>) -> Result<Up> {
+    let deadline = Instant::now() + MONITOR_DEADLINE;
+    let qmp = Qmp::connect(&directory.join(file::MONITOR), deadline).await?;
+    let console = match UnixStream::connect(directory.join(file::CONSOLE)).await {
+        Ok(stream) => Some(Console::attach(stream, directory)),
+        Err(_) => None,
+    };
+    let mut up = Up { process, qmp, console, agent: None, guest: None };
+    if launch.image.boot == Boot::Agent {
+        let (agent, guest) = attach_agent(directory, &launch.name, deadline).await?;
+        up.agent = Some(agent);
+        up.guest = Some(guest);
+    }
+    Ok(up)
+}

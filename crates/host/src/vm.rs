@@ -1,0 +1,558 @@
+//! The task that owns one VM on this host, from launch or adoption to removal.
+//!
+//! ```text
+//!            launch                       adoption after our own restart
+//!               |                                    |
+//!               v                                    v
+//!           Starting ---failed---> Failed        Unknown --answers--> Running
+//!               |                                    |
+//!             ready                            process gone
+//!               v                                    v
+//!           Running --guest or user ends it--> Stopped / Failed
+//! ```
+//! Nothing else writes the VM's record or talks to its QEMU. Requests come by [`VmHandle`].
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use burgeon_api::{
+    ByteSize, Error, ExecId, Result,
+    host::{Launch, StopMode},
+    image::Boot,
+    vm::{Accelerator, HostVm, Observed},
+};
+use burgeon_guest::{client::AgentClient, protocol::StopHow};
+use burgeon_qemu::{process::Process, qmp::Event};
+use serde_json::Value;
+use tokio::{
+    net::UnixStream,
+    sync::{broadcast, mpsc, oneshot, watch},
+    task::JoinHandle,
+    time::{Instant, sleep_until},
+};
+
+use crate::{
+    display,
+    record::Record,
+    session::{self, Attachment},
+    start::{self, Context, Step, Up, group_name},
+};
+
+/// How long before a VM that could not be reattached is tried again.
+const REATTACH: Duration = Duration::from_secs(5);
+
+pub(crate) enum Command {
+    Stop { mode: StopMode, done: oneshot::Sender<Result<()>> },
+    Remove { done: oneshot::Sender<Result<()>> },
+    Exec { attachment: Box<Attachment> },
+    Console { client: UnixStream },
+    Display { client: UnixStream },
+    /// The agent, for requests that need nothing else.
+    Agent { reply: oneshot::Sender<Result<AgentClient>> },
+    EndSessions { done: oneshot::Sender<Result<()>> },
+}
+
+/// How the rest of the host process reaches a VM's task.
+#[derive(Clone)]
+pub(crate) struct VmHandle {
+    pub(crate) commands: mpsc::Sender<Command>,
+    pub(crate) view: watch::Receiver<HostVm>,
+    pub(crate) directory: PathBuf,
+}
+
+struct Owner {
+    context: Arc<Context>,
+    directory: PathBuf,
+    record: Record,
+    view: watch::Sender<HostVm>,
+    changes: broadcast::Sender<HostVm>,
+    up: Option<Up>,
+    /// The start or the adoption that is going on.
+    starting: Option<JoinHandle<Result<Up>>>,
+    steps: mpsc::UnboundedReceiver<Step>,
+    sessions: HashMap<ExecId, mpsc::Sender<Attachment>>,
+    /// A stop was asked for: by whom, until when it may take.
+    stopping: Option<(Instant, Vec<oneshot::Sender<Result<()>>>)>,
+    removing: Option<oneshot::Sender<Result<()>>>,
+    guest_reason: Option<String>,
+    monitor: Option<broadcast::Receiver<Event>>,
+    retry_at: Option<Instant>,
+}
+
+/// Begins a launch: the directory is made and the record written before this returns.
+pub(crate) fn launch(context: Arc<Context>, launch: Launch, changes: broadcast::Sender<HostVm>) -> Result<VmHandle> {
+    let directory = context.layout.vm(launch.id);
+    std::fs::create_dir_all(&directory).map_err(|error| Error::io("create the VM's directory", &error))?;
+    let record = Record {
+        format: crate::record::FORMAT,
+        launch,
+        accelerator: Accelerator::Tcg,
+        host_boot_id: burgeon_qemu::process::host_boot_id(),
+        process: None,
+        limits: Vec::new(),
+        adoptions: 0,
+        ended: None,
+    };
+    record.store(&directory)?;
+    let observed = Observed::Starting { phase: "queued".into() };
+    Ok(spawn(context, directory, record, observed, changes, Begin::Launch))
+}
+
+/// Takes up a VM that an earlier host process has left.
+pub(crate) fn resume(
+    context: Arc<Context>,
+    directory: PathBuf,
+    record: Record,
+    found: Result<Arc<Process>, Observed>,
+    changes: broadcast::Sender<HostVm>,
+) -> VmHandle {
+    match found {
+        Ok(process) => {
+            let observed = Observed::Unknown { reason: "being found again after a restart of the host process".into() };
+            spawn(context, directory, record, observed, changes, Begin::Adopt(process))
+        }
+        Err(ended) => spawn(context, directory, record, ended, changes, Begin::Ended),
+    }
+}
+
+enum Begin {
+    Launch,
+    Adopt(Arc<Process>),
+    Ended,
+}
+
+fn spawn(
+    context: Arc<Context>,
+    directory: PathBuf,
+    record: Record,
+    observed: Observed,
+    changes: broadcast::Sender<HostVm>,
+    begin: Begin,
+) -> VmHandle {
+    let first = HostVm {
+        id: record.launch.id,
+        name: record.launch.name.clone(),
+        observed,
+        pid: record.process.as_ref().map(|process| process.pid),
+        accelerator: record.accelerator,
+        boot: record.launch.image.boot,
+        limits: record.limits.clone(),
+        guest: None,
+        start_times: Vec::new(),
+        resident: None,
+        cpu_milliseconds: None,
+        adoptions: record.adoptions,
+    };
+    let (commands, receiver) = mpsc::channel(64);
+    let (view, view_receiver) = watch::channel(first.clone());
+    let (step_sender, steps) = mpsc::unbounded_channel();
+    let handle = VmHandle { commands, view: view_receiver, directory: directory.clone() };
+    let starting = match begin {
+        Begin::Launch => {
+            let (context, directory, launch) = (context.clone(), directory.clone(), record.launch.clone());
+            Some(tokio::spawn(async move {
+                let tell = move |step| {
+                    // The owner is gone only when the VM is being removed.
+                    drop(step_sender.send(step));
+                };
+                start::bring_up(&context, &directory, &launch, &tell).await
+            }))
+        }
+        Begin::Adopt(process) => Some(adopt(directory.clone(), record.launch.clone(), process)),
+        Begin::Ended => None,
+    };
+    let owner = Owner {
+        context,
+        directory,
+        record,
+        view,
+        changes,
+        up: None,
+        starting,
+        steps,
+        sessions: HashMap::new(),
+        stopping: None,
+        removing: None,
+        guest_reason: None,
+        monitor: None,
+        retry_at: None,
+    };
+    drop(owner.changes.send(first));
+    tokio::spawn(owner.run(receiver));
+    handle
+}
+
+fn adopt(directory: PathBuf, launch: Launch, process: Arc<Process>) -> JoinHandle<Result<Up>> {
+    tokio::spawn(async move { start::adopt(&directory, &launch, process).await })
+}
+
+enum Met {
+    Command(Option<Command>),
+    Step(Step),
+    Up(Result<Up>),
+    Ended,
+    Monitor(Option<Event>),
+    StopOverdue,
+    Retry,
+}
+
+impl Owner {
+    async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        loop {
+            let process = self.up.as_ref().map(|up| up.process.clone());
+            let stop_at = self.stopping.as_ref().map(|(deadline, _)| *deadline);
+            let far = Instant::now() + Duration::from_secs(3600);
+            let met = tokio::select! {
+                command = commands.recv() => Met::Command(command),
+                Some(step) = self.steps.recv() => Met::Step(step),
+                up = async { match &mut self.starting { Some(task) => task.await, None => std::future::pending().await } } =>
+                    Met::Up(up.unwrap_or_else(|error| Err(Error::internal(format!("the start was broken off: {error}"))))),
+                () = async { match &process { Some(process) => process.ended().await, None => std::future::pending().await } } => Met::Ended,
+                event = async { match &mut self.monitor { Some(events) => events.recv().await, None => std::future::pending().await } } =>
+                    Met::Monitor(match event { Ok(event) => Some(event), Err(broadcast::error::RecvError::Lagged(_)) => continue, Err(broadcast::error::RecvError::Closed) => None }),
+                () = sleep_until(stop_at.unwrap_or(far)), if stop_at.is_some() => Met::StopOverdue,
+                () = sleep_until(self.retry_at.unwrap_or(far)), if self.retry_at.is_some() => Met::Retry,
+            };
+            match met {
+                Met::Command(Some(command)) => self.obey(command).await,
+                // The host process is leaving: the VM goes on, and the next one adopts it.
+                Met::Command(None) => return,
+                Met::Step(step) => self.note(step),
+                Met::Up(outcome) => {
+                    self.starting = None;
+                    self.came_up(outcome);
+                    self.monitor = self.up.as_ref().map(|up| up.qmp.subscribe());
+                }
+                Met::Monitor(Some(event)) => self.hear(&event),
+                Met::Monitor(None) => self.monitor = None,
+                Met::Ended => self.ended().await,
+                Met::StopOverdue => {
+                    tracing::info!(vm = %self.record.launch.name, "the guest did not stop in time; it is ended");
+                    self.kill();
+                    self.stopping = self.stopping.take().map(|(_, waiting)| (far, waiting));
+                }
+                Met::Retry => self.try_again(),
+            }
+            if self.removing.is_some() && self.up.is_none() && self.starting.is_none() && self.held().is_none() {
+                self.remove();
+                return;
+            }
+        }
+    }
+
+    fn publish(&self, change: impl FnOnce(&mut HostVm)) {
+        self.view.send_modify(|view| {
+            change(view);
+            view.pid = self.record.process.as_ref().filter(|_| self.record.ended.is_none()).map(|process| process.pid);
+            view.accelerator = self.record.accelerator;
+            view.limits.clone_from(&self.record.limits);
+            view.adoptions = self.record.adoptions;
+        });
+        // Nobody watching is no fault.
+        drop(self.changes.send(self.view.borrow().clone()));
+    }
+
+    fn note(&mut self, step: Step) {
+        match step {
+            Step::Phase(phase, times) => self.publish(|view| {
+                view.start_times = times;
+                if matches!(view.observed, Observed::Starting { .. }) && phase != "ready" {
+                    view.observed = Observed::Starting { phase: phase.to_string() };
+                }
+            }),
+            Step::Started { record } => {
+                self.record = *record;
+                self.publish(|_| {});
+            }
+        }
+    }
+
+    fn came_up(&mut self, outcome: Result<Up>) {
+        // Steps told before the end come first.
+        while let Ok(step) = self.steps.try_recv() {
+            self.note(step);
+        }
+        match outcome {
+            Ok(up) => {
+                let adopted = matches!(self.view.borrow().observed, Observed::Unknown { .. });
+                if adopted {
+                    self.record.adoptions += 1;
+                    self.store();
+                }
+                let guest = up.guest.clone();
+                self.up = Some(up);
+                self.publish(|view| {
+                    view.observed = Observed::Running;
+                    view.guest = guest;
+                });
+            }
+            Err(error) if matches!(self.view.borrow().observed, Observed::Unknown { .. }) => {
+                if self.held().is_some() {
+                    let reason = format!("its process runs and does not answer: {error}");
+                    tracing::warn!(vm = %self.record.launch.name, %reason, "not reattached");
+                    self.publish(|view| view.observed = Observed::Unknown { reason });
+                    self.retry_at = Some(Instant::now() + REATTACH);
+                } else {
+                    self.finish(Observed::Failed { reason: "its process ended while the host process was away".into() });
+                }
+            }
+            Err(error) => self.finish(Observed::Failed { reason: error.to_string() }),
+        }
+    }
+
+    fn try_again(&mut self) {
+        self.retry_at = None;
+        match self.held() {
+            Some(process) => {
+                let task = adopt(self.directory.clone(), self.record.launch.clone(), Arc::new(process));
+                self.starting = Some(task);
+            }
+            None => self.finish(Observed::Failed { reason: "its process ended, and left no reason".into() }),
+        }
+    }
+
+    /// The recorded process, if it runs.
+    fn held(&self) -> Option<Process> {
+        self.record.process.as_ref().and_then(|identity| Process::hold(identity).ok())
+    }
+
+    fn hear(&mut self, event: &Event) {
+        let by_guest = event.data["guest"] == Value::Bool(true);
+        match event.name.as_str() {
+            "SHUTDOWN" => {
+                let reason = event.data["reason"].as_str().unwrap_or("unknown");
+                self.guest_reason = Some(match (by_guest, reason) {
+                    (true, "guest-shutdown") => "the guest powered off".to_string(),
+                    (true, "guest-panic") => "the guest's kernel panicked".to_string(),
+                    (_, "host-signal") => "QEMU was asked to end by a signal".to_string(),
+                    (_, other) => format!("QEMU says: {other}"),
+                });
+            }
+            "BLOCK_IO_ERROR" => {
+                let reason = event.data["reason"].as_str().unwrap_or("unknown").to_string();
+                tracing::error!(vm = %self.record.launch.name, reason, "the VM's disk fails");
+            }
+            _ => {}
+        }
+    }
+
+    async fn ended(&mut self) {
+        let process = self.up.take().map(|up| up.process);
+        // QEMU's last words may still be on their way; its end closes the monitor.
+        let last_words = Instant::now() + Duration::from_millis(500);
+        while let Some(events) = &mut self.monitor {
+            match tokio::time::timeout_at(last_words, events.recv()).await {
+                Ok(Ok(event)) => self.hear(&event),
+                Ok(Err(broadcast::error::RecvError::Lagged(_))) => {}
+                Ok(Err(broadcast::error::RecvError::Closed)) | Err(_) => self.monitor = None,
+            }
+        }
+        let status = process.and_then(|process| process.reap());
+        let asked = self.stopping.is_some() || self.removing.is_some();
+        let observed = match (asked, self.guest_reason.take(), status) {
+            (true, Some(reason), _) => Observed::Stopped { reason: format!("stopped on request ({reason})") },
+            (true, None, _) => Observed::Stopped { reason: "stopped on request, by force".into() },
+            (false, Some(reason), _) => Observed::Stopped { reason },
+            (false, None, status) => {
+                let log = burgeon_qemu::process::log_tail(&self.directory.join(burgeon_qemu::command::file::QEMU_LOG), 400);
+                let how = status.unwrap_or_else(|| "no exit status to be had".into());
+                let log = if log.is_empty() { log } else { format!("; QEMU said: {log}") };
+                Observed::Failed { reason: format!("QEMU ended unasked ({how}){log}") }
+            }
+        };
+        self.finish(observed);
+    }
+
+    /// The VM is over, one way or the other.
+    fn finish(&mut self, observed: Observed) {
+        self.up = None;
+        self.retry_at = None;
+        self.sessions.clear();
+        if let Some(process) = self.held() {
+            // A failed start: nothing of it may stay behind.
+            process.kill();
+        }
+        self.context.groups.remove(&group_name(&self.record.launch));
+        self.record.ended = Some(observed.clone());
+        self.store();
+        self.publish(|view| {
+            view.observed = observed;
+            view.resident = None;
+        });
+        if let Some((_, waiting)) = self.stopping.take() {
+            for done in waiting {
+                drop(done.send(Ok(())));
+            }
+        }
+    }
+
+    fn store(&self) {
+        if let Err(error) = self.record.store(&self.directory) {
+            tracing::error!(vm = %self.record.launch.name, %error, "the VM's record could not be written");
+        }
+    }
+
+    fn kill(&mut self) {
+        if let Some(task) = self.starting.take() {
+            // Its guard kills the process on the way out.
+            task.abort();
+        }
+        if let Some(up) = &self.up {
+            up.process.kill();
+        } else if let Some(process) = self.held() {
+            process.kill();
+        }
+    }
+
+    fn agent(&self) -> Result<AgentClient> {
+        let name = &self.record.launch.name;
+        let Some(up) = &self.up else {
+            let view = self.view.borrow();
+            let detail = view.observed.detail();
+            let detail = if detail.is_empty() { String::new() } else { format!(" ({detail})") };
+            return Err(Error::unavailable(format!("VM {name} is {}{detail}", view.observed.name())));
+        };
+        up.agent.clone().ok_or_else(|| {
+            Error::refused(format!("VM {name} has no agent: its image is not one of Burgeon's"))
+                .with_hint(format!("use its console: burgeon vm console {name}"))
+        })
+    }
+
+    async fn obey(&mut self, command: Command) {
+        match command {
+            Command::Stop { mode, done } => self.stop(mode, done).await,
+            Command::Remove { done } => {
+                self.removing = Some(done);
+                self.kill();
+                self.retry_at = None;
+            }
+            Command::Exec { attachment } => self.exec(*attachment).await,
+            Command::Console { client } => {
+                if let Some(console) = self.up.as_ref().and_then(|up| up.console.clone()) {
+                    tokio::spawn(console.serve(client));
+                }
+            }
+            Command::Display { client } => {
+                if let Some(up) = &self.up {
+                    tokio::spawn(display::serve(up.qmp.clone(), client));
+                }
+            }
+            Command::Agent { reply } => drop(reply.send(self.agent())),
+            Command::EndSessions { done } => {
+                self.sessions.clear();
+                drop(done.send(Ok(())));
+            }
+        }
+    }
+
+    async fn stop(&mut self, mode: StopMode, done: oneshot::Sender<Result<()>>) {
+        if self.up.is_none() && self.starting.is_none() && self.held().is_none() {
+            drop(done.send(Ok(())));
+            return;
+        }
+        let now = Instant::now();
+        if let (StopMode::Graceful { .. }, Some((_, waiting))) = (mode, &mut self.stopping) {
+            // Asked already; the guest need not hear it twice.
+            waiting.push(done);
+            return;
+        }
+        let (deadline, mut waiting) = self.stopping.take().unwrap_or((now, Vec::new()));
+        waiting.push(done);
+        let deadline = match (mode, &self.up) {
+            (StopMode::Graceful { deadline_ms }, Some(up)) => {
+                let asked = match (&up.agent, self.record.launch.image.boot) {
+                    (Some(agent), Boot::Agent) => agent.stop(StopHow::PowerOff).await,
+                    _ => up.qmp.execute("system_powerdown", Value::Null).await.map(drop),
+                };
+                match asked {
+                    Ok(()) => deadline.max(now + Duration::from_millis(deadline_ms)),
+                    Err(error) => {
+                        tracing::info!(vm = %self.record.launch.name, %error, "the guest cannot be asked to stop");
+                        now
+                    }
+                }
+            }
+            _ => now,
+        };
+        self.stopping = Some((deadline, waiting));
+        if deadline <= now {
+            let starting = self.starting.is_some();
+            self.kill();
+            if starting && self.up.is_none() {
+                self.finish(Observed::Stopped { reason: "stopped on request while it was starting".into() });
+            }
+        }
+    }
+
+    async fn exec(&mut self, attachment: Attachment) {
+        let id = attachment.attach.exec;
+        self.sessions.retain(|_, session| !session.is_closed());
+        let attachment = match self.sessions.get(&id) {
+            Some(session) => match session.send(attachment).await {
+                Ok(()) => return,
+                // It ended a moment ago; the client gets a session that says so below.
+                Err(mpsc::error::SendError(attachment)) => attachment,
+            },
+            None => attachment,
+        };
+        let spec = attachment.attach.spec.clone();
+        if attachment.attach.stdout_received > 0 || attachment.attach.stderr_received > 0 {
+            session::refuse(attachment, Error::not_found("this command is not known any more: its session has ended")).await;
+            return;
+        }
+        let (sender, receiver) = mpsc::channel(4);
+        match self.agent() {
+            Ok(agent) => {
+                // The channel is new and has room.
+                drop(sender.try_send(attachment));
+                tokio::spawn(session::run(agent, spec, receiver));
+                self.sessions.insert(id, sender);
+            }
+            Err(error) => session::refuse(attachment, error).await,
+        }
+    }
+
+    fn remove(&mut self) {
+        self.context.groups.remove(&group_name(&self.record.launch));
+        let removed = match std::fs::remove_dir_all(&self.directory) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::io("remove the VM's directory", &error))
+            }
+            _ => Ok(()),
+        };
+        self.publish(|view| view.observed = Observed::Stopped { reason: "removed".into() });
+        if let Some(done) = self.removing.take() {
+            drop(done.send(removed));
+        }
+        if let Some((_, waiting)) = self.stopping.take() {
+            for done in waiting {
+                drop(done.send(Ok(())));
+            }
+        }
+    }
+}
+
+/// Adds the figures that the host's kernel keeps of a VM's process.
+pub(crate) fn with_figures(mut view: HostVm) -> HostVm {
+    if let Some(pid) = view.pid {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        view.resident = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .and_then(|rest| rest.trim().trim_end_matches(" kB").parse().ok())
+            .map(ByteSize::kib);
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let ticks = stat.rfind(')').map(|end| {
+            let fields: Vec<&str> = stat[end + 2..].split(' ').collect();
+            let tick = |index: usize| fields.get(index).and_then(|field| field.parse::<u64>().ok()).unwrap_or(0);
+            tick(11) + tick(12)
+        });
+        // USER_HZ is 100 on every architecture of Linux that QEMU's x86 targets run on.
+        view.cpu_milliseconds = ticks.map(|ticks| ticks * 10);
+    }
+    view
+}

@@ -1,0 +1,92 @@
+//! SHA-256 of files and of sparse disks.
+
+use std::{
+    fs::File,
+    io::Read,
+    os::unix::fs::FileExt,
+    path::Path,
+};
+
+use burgeon_api::{Error, Result};
+use rustix::fs::SeekFrom;
+use sha2::{Digest, Sha256};
+
+/// Blocks of a disk that hold zeros only are left out of its digest, so that holes are free.
+const BLOCK: u64 = 64 << 10;
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+pub(crate) fn of_bytes(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+/// The SHA-256 of a file, as hexadecimal digits.
+pub(crate) fn of_file(path: &Path) -> Result<String> {
+    let read = || -> std::io::Result<String> {
+        let mut file = File::open(path)?;
+        let mut hasher = Sha256::new();
+        let mut buffer = vec![0; 256 << 10];
+        loop {
+            let count = file.read(&mut buffer)?;
+            if count == 0 {
+                return Ok(hex(&hasher.finalize()));
+            }
+            hasher.update(&buffer[..count]);
+        }
+    };
+    read().map_err(|error| Error::io(format!("cannot read {}", path.display()), &error))
+}
+
+/// A digest of a disk: its length, then offset and bytes of each block of 64 KiB that is not all
+/// zeros. It depends on the bytes only, not on where the file has holes.
+pub(crate) fn of_disk(path: &Path) -> Result<String> {
+    let read = || -> std::io::Result<String> {
+        let file = File::open(path)?;
+        let length = file.metadata()?.len();
+        let mut hasher = Sha256::new();
+        hasher.update(b"burgeon disk 1\0");
+        hasher.update(length.to_le_bytes());
+        let mut block = vec![0; usize::try_from(BLOCK).unwrap_or(usize::MAX)];
+        let mut offset = 0;
+        while offset < length {
+            match rustix::fs::seek(&file, SeekFrom::Data(offset)) {
+                Ok(data) => offset = data / BLOCK * BLOCK,
+                Err(rustix::io::Errno::NXIO) => break,
+                // A file system that cannot tell holes: read everything.
+                Err(rustix::io::Errno::INVAL) => {}
+                Err(error) => return Err(error.into()),
+            }
+            let want = usize::try_from(BLOCK.min(length - offset)).unwrap_or(block.len());
+            file.read_exact_at(&mut block[..want], offset)?;
+            if block[..want].iter().any(|byte| *byte != 0) {
+                hasher.update(offset.to_le_bytes());
+                hasher.update(&block[..want]);
+            }
+            offset += BLOCK;
+        }
+        Ok(hex(&hasher.finalize()))
+    };
+    read().map_err(|error| Error::io(format!("cannot read {}", path.display()), &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holes_do_not_change_the_digest_of_a_disk() {
+        let directory = tempfile::tempdir().unwrap();
+        let (sparse, dense) = (directory.path().join("a"), directory.path().join("b"));
+        let mut bytes = vec![0u8; 1 << 20];
+        bytes[300_000..300_004].copy_from_slice(b"data");
+        std::fs::write(&dense, &bytes).unwrap();
+        let file = File::create(&sparse).unwrap();
+        file.set_len(1 << 20).unwrap();
+        file.write_all_at(b"data", 300_000).unwrap();
+        assert_eq!(of_disk(&sparse).unwrap(), of_disk(&dense).unwrap());
+        file.set_len((1 << 20) + 1).unwrap();
+        assert_ne!(of_disk(&sparse).unwrap(), of_disk(&dense).unwrap());
+    }
+}

@@ -1,0 +1,18 @@
+//! Every decision of Burgeon, pure: which item goes to which VM, which VM is started or given up,
+//! when the server leaves.
+//!
+//! Nothing here reads a clock, a random number, a file or a socket. Time is an argument; what should
+//! happen is a value that comes back. The shells (the control and the host process) act on it.
+//!
+//! | module | decides | called by |
+//! |---|---|---|
+//! | [`pipeline`] | whether a pipeline file is sound; each move of a run | control |
+//! | [`vm`] | what to ask of the host, from what is wanted and what is seen | control |
+//! | [`idle`] | when a server that nobody needs exits | control |
+//! | [`adopt`] | whether a process found after a restart is the VM it was | host |
+#![forbid(unsafe_code)]
+
+pub mod adopt;
+pub mod idle;
+pub mod pipeline;
+pub mod vm;

@@ -1,0 +1,220 @@
+//! VMs of the host: a table of cases, and that decisions converge.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use burgeon_api::{
+    VmId,
+    image::Boot,
+    vm::{Accelerator, HostVm, Intent, Observed},
+};
+use burgeon_plan::vm::{Action, HostSeen, LOST, Wanted, decide, observed};
+use proptest::prelude::*;
+
+fn id(number: u8) -> VmId {
+    format!("00000000-0000-7000-8000-0000000000{number:02x}").parse().unwrap()
+}
+
+fn host_vm(number: u8, observed: Observed) -> HostVm {
+    HostVm {
+        id: id(number),
+        name: format!("vm-{number}"),
+        observed,
+        pid: None,
+        accelerator: Accelerator::Tcg,
+        boot: Boot::Agent,
+        limits: Vec::new(),
+        guest: None,
+        start_times: Vec::new(),
+        resident: None,
+        cpu_milliseconds: None,
+        adoptions: 0,
+    }
+}
+
+fn state(number: u8) -> Observed {
+    match number % 6 {
+        0 => Observed::Pending,
+        1 => Observed::Starting { phase: "boot".into() },
+        2 => Observed::Running,
+        3 => Observed::Stopped { reason: "shut down".into() },
+        4 => Observed::Failed { reason: "panic".into() },
+        _ => Observed::Unknown { reason: "no answer".into() },
+    }
+}
+
+fn kind(action: &Action) -> &'static str {
+    match action {
+        Action::Stop { .. } => "stop",
+        Action::Remove { .. } => "remove",
+        Action::RemoveOrphan { .. } => "remove orphan",
+        Action::Launch { .. } => "launch",
+        Action::ReportLost { .. } => "report lost",
+        Action::Forget { .. } => "forget",
+    }
+}
+
+#[test]
+fn each_case_has_its_action() {
+    use Intent::{Removed, Running, Stopped};
+    let (pending, starting, running) = (Some(state(0)), Some(state(1)), Some(state(2)));
+    let (stopped, failed, unknown) = (Some(state(3)), Some(state(4)), Some(state(5)));
+    for (intent, launched_before, ended, on_host, expected) in [
+        (Running, false, false, None, "launch"),
+        (Running, true, false, None, "report lost"),
+        (Running, true, true, None, ""),
+        (Running, false, true, None, ""),
+        (Running, false, false, pending.clone(), ""),
+        (Running, false, false, running.clone(), ""),
+        (Running, true, false, running.clone(), ""),
+        (Running, true, false, unknown.clone(), ""),
+        (Running, true, false, stopped.clone(), ""),
+        (Running, true, true, failed.clone(), ""),
+        (Stopped, false, false, None, ""),
+        (Stopped, true, false, None, "report lost"),
+        (Stopped, true, true, None, ""),
+        (Stopped, true, false, pending, "stop"),
+        (Stopped, true, false, starting, "stop"),
+        (Stopped, true, false, running.clone(), "stop"),
+        (Stopped, true, false, unknown.clone(), "stop"),
+        (Stopped, true, false, stopped.clone(), ""),
+        (Stopped, true, true, failed.clone(), ""),
+        (Removed, false, false, None, "forget"),
+        (Removed, true, false, None, "forget"),
+        (Removed, true, true, None, "forget"),
+        (Removed, true, false, running, "remove"),
+        (Removed, true, true, stopped, "remove"),
+        (Removed, true, false, unknown, "remove"),
+        (Removed, false, false, failed, "remove"),
+    ] {
+        let row = Wanted { id: id(1), intent, launched_before, ended };
+        let seen = HostSeen::Reachable(on_host.into_iter().map(|observed| host_vm(1, observed)).collect());
+        let actions = decide(std::slice::from_ref(&row), &BTreeSet::new(), &seen);
+        let told: Vec<&str> = actions.iter().map(kind).collect();
+        assert_eq!(told.join(" "), expected, "{row:?} {seen:?}");
+        let silent = HostSeen::Unreachable { reason: "refused".into() };
+        assert_eq!(decide(&[row], &BTreeSet::new(), &silent), []);
+    }
+}
+
+#[test]
+fn orphans_go_and_vms_being_created_stay() {
+    let seen = HostSeen::Reachable(vec![host_vm(1, Observed::Running), host_vm(2, Observed::Running)]);
+    assert_eq!(decide(&[], &[id(2)].into(), &seen), [Action::RemoveOrphan { id: id(1) }]);
+}
+
+#[test]
+fn clients_are_told_what_is_known() {
+    let row = |launched_before| Wanted { id: id(1), intent: Intent::Running, launched_before, ended: false };
+    let away = HostSeen::Unreachable { reason: "refused".into() };
+    let empty = HostSeen::Reachable(Vec::new());
+    let end = Observed::Stopped { reason: "done".into() };
+    let unknown = Observed::Unknown { reason: "refused".into() };
+    assert_eq!(observed(&row(true), None, &away), unknown);
+    assert_eq!(observed(&row(false), None, &away), Observed::Pending);
+    assert_eq!(observed(&row(true), Some(&end), &away), end);
+    assert_eq!(observed(&row(false), None, &empty), Observed::Pending);
+    assert_eq!(observed(&row(true), None, &empty), Observed::Failed { reason: LOST.into() });
+    assert_eq!(observed(&row(true), Some(&end), &empty), end);
+    let here = HostSeen::Reachable(vec![host_vm(1, Observed::Running)]);
+    assert_eq!(observed(&row(true), None, &here), Observed::Running);
+}
+
+#[derive(Debug)]
+struct World {
+    rows: BTreeMap<VmId, Wanted>,
+    host: BTreeMap<VmId, HostVm>,
+}
+
+impl World {
+    fn decide(&self) -> Vec<Action> {
+        let rows: Vec<Wanted> = self.rows.values().cloned().collect();
+        decide(&rows, &BTreeSet::new(), &HostSeen::Reachable(self.host.values().cloned().collect()))
+    }
+
+    fn act(&mut self, action: &Action) {
+        let id = action.id();
+        match action {
+            Action::Stop { .. } => {
+                let stopped = Observed::Stopped { reason: "asked to".into() };
+                self.host.get_mut(&id).unwrap().observed = stopped;
+            }
+            Action::Remove { .. } => drop(self.host.remove(&id).unwrap()),
+            Action::RemoveOrphan { .. } => {
+                assert!(!self.rows.contains_key(&id));
+                self.host.remove(&id).unwrap();
+            }
+            Action::Launch { .. } => {
+                let row = self.rows.get_mut(&id).unwrap();
+                assert!(!row.launched_before && !row.ended && row.intent == Intent::Running);
+                row.launched_before = true;
+                let vm = HostVm { id, ..host_vm(0, Observed::Running) };
+                assert!(self.host.insert(id, vm).is_none(), "launched twice");
+            }
+            Action::ReportLost { .. } => {
+                let row = self.rows.get_mut(&id).unwrap();
+                assert!(row.launched_before && !row.ended && !self.host.contains_key(&id));
+                row.ended = true;
+            }
+            Action::Forget { .. } => {
+                assert!(!self.host.contains_key(&id));
+                self.rows.remove(&id).unwrap();
+            }
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn decisions_converge(
+        rows in prop::collection::vec((0u8..12, 0u8..3, any::<bool>(), any::<bool>()), 0..12),
+        host in prop::collection::vec((0u8..12, 0u8..6), 0..12),
+        carried_out in prop::collection::vec(any::<bool>(), 0..40),
+    ) {
+        let intent = |number| [Intent::Running, Intent::Stopped, Intent::Removed][usize::from(number)];
+        let mut world = World {
+            rows: rows.iter().map(|&(number, wanted, launched_before, ended)| {
+                (id(number), Wanted { id: id(number), intent: intent(wanted), launched_before, ended })
+            }).collect(),
+            host: host.iter().map(|&(number, seen)| (id(number), host_vm(number, state(seen)))).collect(),
+        };
+        let dead = |world: &World, number: u8| {
+            let row = &world.rows[&id(number)];
+            row.intent != Intent::Running
+        };
+        let safe: Vec<u8> = (0..12)
+            .filter(|&number| world.rows.contains_key(&id(number)) && world.host.contains_key(&id(number)))
+            .filter(|&number| !dead(&world, number))
+            .collect();
+        // At first the loop is killed in the middle, as often as it likes.
+        let mut carried_out = carried_out.into_iter();
+        while carried_out.len() > 0 {
+            let actions = world.decide();
+            prop_assert_eq!(&actions, &world.decide());
+            let mut ids: Vec<VmId> = actions.iter().map(Action::id).collect();
+            ids.sort();
+            ids.dedup();
+            prop_assert_eq!(ids.len(), actions.len(), "one action for each VM");
+            for action in actions {
+                if carried_out.next().unwrap_or(true) {
+                    world.act(&action);
+                }
+            }
+            if world.decide().is_empty() { break }
+        }
+        for _ in 0..3 {
+            for action in world.decide() {
+                world.act(&action);
+            }
+        }
+        prop_assert_eq!(world.decide(), []);
+        for row in world.rows.values() {
+            prop_assert!(row.intent != Intent::Removed);
+        }
+        for vm in world.host.keys() {
+            prop_assert!(world.rows.contains_key(vm));
+        }
+        for number in safe {
+            prop_assert!(world.host.contains_key(&id(number)), "a VM that is wanted and there stays");
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! QEMU's command line, computed from what the VM shall be. Pure: the same machine, the same words.
+//!
+//! QEMU is started inside the VM's directory and every path is relative to it, so that an
+//! unprivileged QEMU needs no right to any directory above.
+
+use burgeon_api::{
+    ByteSize,
+    image::Boot,
+    profile::{Init, Network, Profile},
+    vm::Accelerator,
+};
+
+/// Names of the files in a VM's directory.
+pub mod file {
+    pub const RECORD: &str = "vm.json";
+    pub const MONITOR: &str = "qmp.sock";
+    pub const AGENT: &str = "agent.sock";
+    pub const CONSOLE: &str = "console.sock";
+    pub const KERNEL: &str = "vmlinuz";
+    pub const INITRAMFS: &str = "initramfs";
+    pub const BASE: &str = "base.raw";
+    pub const OVERLAY: &str = "disk.qcow2";
+    /// The directory that a foreign image sees as a NoCloud seed.
+    pub const SEED: &str = "seed";
+    pub const QEMU_LOG: &str = "qemu.log";
+    pub const CONSOLE_LOG: &str = "console.log";
+}
+
+/// The name under which the guest finds the agent's channel.
+pub const AGENT_PORT: &str = "burgeon.agent.0";
+
+/// All that decides a command line.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    pub name: String,
+    pub uuid: String,
+    pub profile: Profile,
+    pub boot: Boot,
+    pub accelerator: Accelerator,
+    /// Whether there is a disk (overlay and base), and whether a seed directory stands beside it.
+    pub disk: bool,
+    pub seed: bool,
+    pub init: String,
+    pub kernel_parameters: Vec<String>,
+    /// The host's time stamp counter. Under TCG the guest kernel is told it, because calibrating
+    /// against the timer chip fails on a busy host and such a kernel then hangs for ever.
+    pub tsc_khz: Option<u64>,
+    /// QEMU's translation cache under TCG.
+    pub translation_cache: ByteSize,
+    /// Raw block devices given to the guest beside its disk, read-only with a throw-away overlay.
+    pub extra_disks: Vec<String>,
+}
+
+/// The arguments after the program's name.
+pub fn arguments(machine: &Machine) -> Vec<String> {
+    let mut out: Vec<String> = Vec::with_capacity(64);
+    let mut add = |words: &[&str]| out.extend(words.iter().map(ToString::to_string));
+    let profile = &machine.profile;
+
+    add(&["-name", &format!("guest={}", machine.name), "-uuid", &machine.uuid]);
+    add(&["-nodefaults", "-no-user-config", "-display", "none"]);
+    add(&["-machine", "q35,vmport=off,smbus=off,hpet=on"]);
+    match machine.accelerator {
+        Accelerator::Kvm => add(&["-accel", "kvm", "-cpu", "host"]),
+        Accelerator::Tcg => {
+            let cache = machine.translation_cache.bytes() >> 20;
+            add(&["-accel", &format!("tcg,thread=multi,tb-size={cache}"), "-cpu", "max"]);
+        }
+    }
+    add(&["-m", &format!("{}M", profile.memory.bytes() >> 20), "-smp", &profile.cpus.to_string()]);
+    add(&["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
+
+    let socket = |id: &str, path: &str| format!("socket,id={id},path={path},server=on,wait=off");
+    add(&["-chardev", &socket("monitor", file::MONITOR), "-mon", "chardev=monitor,mode=control"]);
+    add(&["-chardev", &socket("console", file::CONSOLE), "-serial", "chardev:console"]);
+    add(&["-object", "rng-random,id=entropy,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=entropy"]);
+    if machine.boot == Boot::Agent {
+        add(&["-device", "virtio-serial-pci,id=channel,max_ports=4"]);
+        add(&["-chardev", &socket("agent", file::AGENT)]);
+        add(&["-device", &format!("virtserialport,bus=channel.0,nr=1,chardev=agent,name={AGENT_PORT}")]);
+        add(&["-kernel", file::KERNEL, "-initrd", file::INITRAMFS, "-append", &kernel_command_line(machine)]);
+    }
+    if machine.disk {
+        let base = format!("driver=file,node-name=base-file,filename={},read-only=on,auto-read-only=off", file::BASE);
+        let overlay = format!("driver=file,node-name=disk-file,filename={},discard=unmap", file::OVERLAY);
+        add(&["-blockdev", &base, "-blockdev", "driver=raw,node-name=base,file=base-file,read-only=on"]);
+        add(&["-blockdev", &overlay]);
+        add(&["-blockdev", "driver=qcow2,node-name=disk,file=disk-file,backing=base,discard=unmap"]);
+        add(&["-device", "virtio-blk-pci,drive=disk,bootindex=0"]);
+    }
+    for (index, path) in machine.extra_disks.iter().enumerate() {
+        let node = format!("extra-{index}");
+        add(&["-blockdev", &format!("driver=file,node-name={node}-file,filename={path},read-only=on")]);
+        add(&["-blockdev", &format!("driver=raw,node-name={node},file={node}-file,read-only=on")]);
+        add(&["-device", &format!("virtio-blk-pci,drive={node}")]);
+    }
+    if machine.seed {
+        // cloud-init finds the seed by the file system's label; QEMU makes the file system from a directory.
+        let seed = format!("driver=vvfat,node-name=seed,dir={},label=CIDATA,read-only=on", file::SEED);
+        add(&["-blockdev", &seed, "-device", "virtio-blk-pci,drive=seed"]);
+    }
+    match profile.network {
+        Network::None => {}
+        Network::User => {
+            add(&["-netdev", "user,id=outside,ipv6=off", "-device", "virtio-net-pci,netdev=outside,romfile="]);
+        }
+    }
+    if profile.display {
+        // No listener of QEMU's own: the host process hands over each client's socket.
+        add(&["-device", "VGA,vgamem_mb=16", "-vnc", "none", "-device", "qemu-xhci", "-device", "usb-tablet"]);
+        add(&["-device", "usb-kbd"]);
+    }
+    out
+}
+
+fn kernel_command_line(machine: &Machine) -> String {
+    let mut words = vec!["console=ttyS0".to_string(), "quiet".into(), "panic=-1".into(), "reboot=t".into()];
+    if machine.accelerator == Accelerator::Tcg
+        && let Some(khz) = machine.tsc_khz
+    {
+        words.push(format!("tsc_early_khz={khz}"));
+    }
+    words.push(format!("burgeon.name={}", machine.name));
+    let own_root = machine.kernel_parameters.iter().any(|word| word.starts_with("burgeon.root="));
+    if machine.disk && !own_root {
+        words.push("burgeon.root=/dev/vda".into());
+    }
+    if machine.profile.init == Init::Image && !machine.init.is_empty() && machine.disk {
+        words.push(format!("burgeon.init={}", machine.init));
+    }
+    words.extend(machine.kernel_parameters.iter().cloned());
+    words.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine() -> Machine {
+        Machine {
+            name: "web-1".into(),
+            uuid: "0".into(),
+            profile: Profile::default(),
+            boot: Boot::Agent,
+            accelerator: Accelerator::Tcg,
+            disk: true,
+            seed: false,
+            init: "/sbin/init".into(),
+            kernel_parameters: vec![],
+            tsc_khz: Some(2_596_118),
+            translation_cache: ByteSize::mib(64),
+            extra_disks: vec![],
+        }
+    }
+
+    #[test]
+    fn nothing_leaves_the_directory_and_the_sandbox_is_on() {
+        let words = arguments(&machine());
+        assert!(
+            words
+                .iter()
+                .all(|word| !word.contains("=/") || word.contains("/dev/urandom") || word.starts_with("console"))
+        );
+        assert!(words.iter().any(|word| word.starts_with("on,obsolete=deny")));
+        assert!(words.iter().any(|word| word.contains("tsc_early_khz=2596118")));
+        assert!(words.iter().any(|word| word.contains("burgeon.root=/dev/vda burgeon.init=/sbin/init")));
+    }
+
+    #[test]
+    fn a_worker_starts_no_init_and_has_no_network() {
+        let mut worker = machine();
+        worker.profile = Profile::named("worker").unwrap();
+        let words = arguments(&worker).join(" ");
+        assert!(!words.contains("burgeon.init"), "{words}");
+        assert!(!words.contains("netdev"), "{words}");
+    }
+
+    #[test]
+    fn a_foreign_image_gets_firmware_seed_and_network_but_no_kernel() {
+        let mut foreign = machine();
+        foreign.boot = Boot::Firmware;
+        foreign.seed = true;
+        foreign.profile = Profile::named("default").unwrap();
+        let words = arguments(&foreign).join(" ");
+        assert!(!words.contains("-kernel") && !words.contains("virtserialport"), "{words}");
+        assert!(words.contains("vvfat") && words.contains("label=CIDATA") && words.contains("virtio-net-pci"));
+    }
+}
