@@ -38,14 +38,15 @@ fn build(root: &Path) -> PathBuf {
     // Settings of the outer build that are not meant for the guest's.
     for (name, _) in env::vars_os() {
         let text = name.to_string_lossy();
-        if text.starts_with("CARGO_ENCODED") || text.starts_with("RUSTFLAGS") || text == "CARGO_TARGET_DIR" || text.starts_with("CARGO_BUILD_") {
+        if text.starts_with("CARGO_ENCODED")
+            || text.starts_with("RUSTFLAGS")
+            || text == "CARGO_TARGET_DIR"
+            || text.starts_with("CARGO_BUILD_")
+        {
             command.env_remove(&name);
         }
     }
     let status = command.status().expect("cargo runs");
-    assert!(
-        status.success(),
-        "the guest agent does not build; is its target installed? rustup target add {TARGET}"
-    );
+    assert!(status.success(), "the guest agent does not build; is its target installed? rustup target add {TARGET}");
     out.join(TARGET).join("guest/burgeon-agent")
 }

@@ -123,7 +123,9 @@ pub enum Request {
         vm: VmId,
     },
     /// Ends every command that runs in the VM through a session.
-    EndSessions { vm: VmId },
+    EndSessions {
+        vm: VmId,
+    },
     /// The console's text so far.
     Log {
         vm: VmId,

@@ -12,12 +12,7 @@ use burgeon_api::{Error, Result, path_text};
 use burgeon_host::layout::Layout;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, combinators::BoxBody};
-use hyper::{
-    Method, Request, Response, StatusCode,
-    body::Incoming,
-    client::conn::http1,
-    header,
-};
+use hyper::{Method, Request, Response, StatusCode, body::Incoming, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{net::UnixStream, time::Instant};
@@ -126,7 +121,8 @@ impl Client {
             .map_err(|error| Error::unavailable(format!("the server broke off: {error}")))?
             .to_bytes();
         let body: &[u8] = if body.is_empty() { b"null" } else { &body };
-        serde_json::from_slice(body).map_err(|error| Error::damaged(format!("the server's answer does not read: {error}")))
+        serde_json::from_slice(body)
+            .map_err(|error| Error::damaged(format!("the server's answer does not read: {error}")))
     }
 
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
@@ -153,7 +149,11 @@ impl Client {
     }
 
     /// A stream of JSON lines. `body` absent: a GET.
-    pub(crate) async fn lines<T: DeserializeOwned>(&self, path: &str, body: Option<&impl Serialize>) -> Result<Lines<T>> {
+    pub(crate) async fn lines<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<Lines<T>> {
         let request = match body {
             Some(body) => Self::request(Method::POST, path, json(body)?)?,
             None => Self::request(Method::GET, path, empty())?,

@@ -62,15 +62,17 @@ pub(crate) fn table(heading: &[&str], rows: Vec<Vec<String>>) {
     for row in rows {
         table.add_row(row.iter().map(|cell| printable(cell)).collect::<Vec<_>>());
     }
-    let text: String = table.lines().map(|line| format!("{}\n", line.trim_end().strip_prefix(' ').unwrap_or(&line).trim_end())).collect();
+    let text: String = table
+        .lines()
+        .map(|line| format!("{}\n", line.trim_end().strip_prefix(' ').unwrap_or(&line).trim_end()))
+        .collect();
     print(&text);
 }
 
 /// Pairs, aligned.
 pub(crate) fn pairs(pairs: &[(&str, String)]) {
     let width = pairs.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
-    let text: String =
-        pairs.iter().map(|(name, value)| format!("{name:width$}  {}\n", printable(value))).collect();
+    let text: String = pairs.iter().map(|(name, value)| format!("{name:width$}  {}\n", printable(value))).collect();
     print(&text);
 }
 
@@ -86,5 +88,9 @@ pub(crate) fn age(seconds: u64) -> String {
 
 /// `12.3 s`, `45 ms`.
 pub(crate) fn time(milliseconds: u64) -> String {
-    if milliseconds < 1000 { format!("{milliseconds} ms") } else { format!("{}.{} s", milliseconds / 1000, milliseconds % 1000 / 100) }
+    if milliseconds < 1000 {
+        format!("{milliseconds} ms")
+    } else {
+        format!("{}.{} s", milliseconds / 1000, milliseconds % 1000 / 100)
+    }
 }

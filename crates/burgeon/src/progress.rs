@@ -33,7 +33,10 @@ pub(crate) struct BuildProgress {
 impl BuildProgress {
     pub(crate) fn new() -> Self {
         let plain = !std::io::stderr().is_terminal();
-        let bar = ProgressBar::with_draw_target(None, if plain { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() });
+        let bar = ProgressBar::with_draw_target(
+            None,
+            if plain { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() },
+        );
         bar.enable_steady_tick(Duration::from_millis(120));
         Self { bar, phase: String::new(), plain, begun: Instant::now(), phase_begun: Instant::now() }
     }
@@ -94,7 +97,13 @@ impl RunProgress {
     pub(crate) fn new() -> Self {
         let plain = !std::io::stderr().is_terminal();
         let target = if plain { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr_with_hz(10) };
-        Self { lines: MultiProgress::with_draw_target(target), bars: Vec::new(), plain, last: None, begun: Instant::now() }
+        Self {
+            lines: MultiProgress::with_draw_target(target),
+            bars: Vec::new(),
+            plain,
+            last: None,
+            begun: Instant::now(),
+        }
     }
 
     pub(crate) fn show(&mut self, view: &PipelineView) {

@@ -132,8 +132,10 @@ pub(crate) fn routes() -> (Router<Shared>, Value) {
 
 async fn no_such_route(request: axum::extract::Request) -> Refusal {
     let what = format!("{} {}", request.method(), request.uri().path());
-    Refusal(Error::not_found(format!("there is no {}", burgeon_api::path_text::printable(&what)))
-        .with_hint("GET /v1/openapi.json tells what there is"))
+    Refusal(
+        Error::not_found(format!("there is no {}", burgeon_api::path_text::printable(&what)))
+            .with_hint("GET /v1/openapi.json tells what there is"),
+    )
 }
 
 fn document(mut routes: Routes) -> Value {
@@ -156,8 +158,7 @@ fn document(mut routes: Routes) -> Value {
             (kind, None) => json!({"200": {"description": "done", "content": {kind: {}}}}),
         };
         let mut responses = good;
-        responses["default"] =
-            json!({"description": "refused", "content": {"application/json": {"schema": error}}});
+        responses["default"] = json!({"description": "refused", "content": {"application/json": {"schema": error}}});
         let mut operation = json!({"summary": told.summary, "parameters": parameters, "responses": responses});
         if let Some(schema) = &told.request {
             operation["requestBody"] = json!({"required": true, "content": {"application/json": {"schema": schema}}});

@@ -102,9 +102,9 @@ impl GuestRunner for HostRunner {
     fn run(&self, job: GuestJob<'_>) -> Result<GuestOutput> {
         let deadline = job.deadline;
         self.runtime.block_on(async {
-            timeout(deadline, self.run_job(job))
-                .await
-                .map_err(|_| Error::deadline(format!("the VM that builds the image took longer than {} s", deadline.as_secs())))?
+            timeout(deadline, self.run_job(job)).await.map_err(|_| {
+                Error::deadline(format!("the VM that builds the image took longer than {} s", deadline.as_secs()))
+            })?
         })
     }
 }
@@ -149,7 +149,8 @@ impl HostRunner {
                 .or_else(|_| std::fs::copy(from, directory.join(to)).map(drop))
                 .map_err(|error| Error::io(format!("give {} to the builder's VM", from.display()), &error))?;
         }
-        let length = std::fs::metadata(job.disk).map_err(|error| Error::io("look at the builder's disk", &error))?.len();
+        let length =
+            std::fs::metadata(job.disk).map_err(|error| Error::io("look at the builder's disk", &error))?.len();
         let name = format!("image-build-{}", id.short());
         let mut kernel_parameters = job.kernel_parameters.to_vec();
         // The script works on the disk itself; the agent stays in the initramfs.
@@ -206,7 +207,9 @@ impl HostRunner {
             match frame {
                 Some(Frame::Stdout(data)) => {
                     stdout += data.len() as u64;
-                    job.stdout.write_all(&data).map_err(|error| Error::io("take in what the builder's VM changed", &error))?;
+                    job.stdout
+                        .write_all(&data)
+                        .map_err(|error| Error::io("take in what the builder's VM changed", &error))?;
                 }
                 Some(Frame::Stderr(data)) => {
                     stderr += data.len() as u64;

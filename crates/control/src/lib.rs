@@ -88,7 +88,8 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
         }
     };
     let router = api::routes().0.layer(axum::middleware::from_fn(count)).with_state(state.clone());
-    let listener = UnixListener::bind(&socket).map_err(|error| Error::io(format!("listen on {}", socket.display()), &error))?;
+    let listener =
+        UnixListener::bind(&socket).map_err(|error| Error::io(format!("listen on {}", socket.display()), &error))?;
     std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))
         .map_err(|error| Error::io("protect the control socket", &error))?;
     tracing::info!(socket = %socket.display(), "the control process serves");

@@ -74,7 +74,12 @@ async fn look_and_act(state: &Shared) {
     publish(state, host);
     let wanted: Vec<Wanted> = rows
         .iter()
-        .map(|row| Wanted { id: row.id, intent: row.intent, launched_before: row.launched, ended: is_over(&row.observed) })
+        .map(|row| Wanted {
+            id: row.id,
+            intent: row.intent,
+            launched_before: row.launched,
+            ended: is_over(&row.observed),
+        })
         .collect();
     let temporary = state.temporary.borrow().clone();
     for action in decide(&wanted, &temporary, &seen) {

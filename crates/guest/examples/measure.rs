@@ -2,7 +2,11 @@
 //!
 //! SOCKET is the chardev of the port `burgeon.agent.0`. RAW_SOCKET, if given, is that of a second port named `raw.0`,
 //! and plain `dd` to and from it is measured beside the agent. Sizes and counts are fixed; times are medians.
-#![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a tool for developers: it prints, and stops at any error")]
+#![allow(
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a tool for developers: it prints, and stops at any error"
+)]
 
 use std::time::{Duration, Instant};
 
@@ -82,7 +86,10 @@ async fn raw(client: &AgentClient, path: &str) -> (String, String) {
     }
     let out = rate(MEBIBYTES << 20, begun.unwrap().elapsed());
     drop(exec);
-    let script = format!("{find} echo go; exec dd if=$P of=/dev/null bs=64k iflag=fullblock count={} 2>/dev/null", MEBIBYTES * 16);
+    let script = format!(
+        "{find} echo go; exec dd if=$P of=/dev/null bs=64k iflag=fullblock count={} 2>/dev/null",
+        MEBIBYTES * 16
+    );
     let mut exec = client.exec(spec(&["sh", "-c", &script])).await.unwrap();
     exec.output.next().await;
     let begun = Instant::now();
@@ -94,7 +101,8 @@ async fn raw(client: &AgentClient, path: &str) -> (String, String) {
 async fn piped(client: &AgentClient, path: &str) -> String {
     let mut port = connect(path).await;
     let find = "for p in /sys/class/virtio-ports/*; do read n < $p/name; [ $n = raw.0 ] && P=/dev/${p##*/}; done; ";
-    let script = format!("{find} dd if=/dev/zero bs=64k count={} 2>/dev/null | dd of=$P bs=64k 2>/dev/null", MEBIBYTES * 16);
+    let script =
+        format!("{find} dd if=/dev/zero bs=64k count={} 2>/dev/null | dd of=$P bs=64k 2>/dev/null", MEBIBYTES * 16);
     let _exec = client.exec(spec(&["sh", "-c", &script])).await.unwrap();
     let mut buffer = vec![0; 1 << 20];
     let mut left = MEBIBYTES << 20;
@@ -130,7 +138,11 @@ async fn median(client: &AgentClient, words: &[&str], count: usize) -> String {
         times.push(begun.elapsed());
     }
     times.sort();
-    format!("{:.2} ms median, {:.2} p95", times[count / 2].as_secs_f64() * 1e3, times[count * 95 / 100].as_secs_f64() * 1e3)
+    format!(
+        "{:.2} ms median, {:.2} p95",
+        times[count / 2].as_secs_f64() * 1e3,
+        times[count * 95 / 100].as_secs_f64() * 1e3
+    )
 }
 
 #[tokio::main(flavor = "current_thread")]
@@ -142,7 +154,10 @@ async fn main() {
     let about = client.wait_ready(tokio::time::Instant::now() + Duration::from_secs(60)).await.unwrap();
     println!("ready after {:.0} ms (guest uptime {} ms)", begun.elapsed().as_secs_f64() * 1e3, about.uptime_ms);
     println!("{about:?}");
-    println!("{}", run(&client, "ps | grep -v '\\['; ls -a /; cat /proc/cgroups | wc -l; cat /proc/meminfo | head -3").await.0);
+    println!(
+        "{}",
+        run(&client, "ps | grep -v '\\['; ls -a /; cat /proc/cgroups | wc -l; cat /proc/meminfo | head -3").await.0
+    );
     let mut times = Vec::new();
     for _ in 0..300 {
         let begun = Instant::now();
@@ -173,7 +188,10 @@ async fn main() {
     while tokio::time::timeout(Duration::from_millis(300), ticks.next()).await.is_ok() {
         late += 1;
     }
-    println!("ticks that were still on their way: {late}; exec while frozen: {:?}", client.exec(spec(&["true"])).await.map(|_| ()));
+    println!(
+        "ticks that were still on their way: {late}; exec while frozen: {:?}",
+        client.exec(spec(&["true"])).await.map(|_| ())
+    );
     client.thaw().await.unwrap();
     println!("tick after thaw: {:?}", tokio::time::timeout(Duration::from_secs(2), ticks.next()).await.is_ok());
     // The host is lost in mid-stream, and another comes.
@@ -183,7 +201,11 @@ async fn main() {
     let begun = Instant::now();
     let client = AgentClient::connect(connect(&paths[0]).await, options(2));
     client.wait_ready(tokio::time::Instant::now() + Duration::from_secs(20)).await.unwrap();
-    println!("attached anew after {:.1} ms; left of `yes`: {:?}", begun.elapsed().as_secs_f64() * 1e3, run(&client, "ps | grep -c '[y]es'").await);
+    println!(
+        "attached anew after {:.1} ms; left of `yes`: {:?}",
+        begun.elapsed().as_secs_f64() * 1e3,
+        run(&client, "ps | grep -c '[y]es'").await
+    );
     println!("{:?}", client.figures().await);
     client.stop(StopHow::PowerOff).await.unwrap();
     println!("stop accepted; {}", client.wait_ended().await);

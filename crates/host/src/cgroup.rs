@@ -30,13 +30,19 @@ impl Groups {
         let memory = profile.memory.bytes() + OVERHEAD;
         let wanted = [
             ("memory", format!("{} bytes", memory), "memory.max", memory.to_string()),
-            ("cpu", format!("{cpu_percent} % of one CPU"), "cpu.max", format!("{} 100000", u64::from(cpu_percent) * 1000)),
+            (
+                "cpu",
+                format!("{cpu_percent} % of one CPU"),
+                "cpu.max",
+                format!("{} 100000", u64::from(cpu_percent) * 1000),
+            ),
             ("processes", "128 threads".to_string(), "pids.max", (128 + profile.cpus).to_string()),
         ];
         let entered = self.base.clone().and_then(|base| {
             let group = base.join(name);
             fs::create_dir_all(&group).map_err(|error| format!("create a cgroup: {error}"))?;
-            fs::write(group.join("cgroup.procs"), pid.to_string()).map_err(|error| format!("enter a cgroup: {error}"))?;
+            fs::write(group.join("cgroup.procs"), pid.to_string())
+                .map_err(|error| format!("enter a cgroup: {error}"))?;
             Ok(group)
         });
         wanted

@@ -18,7 +18,8 @@ pub(crate) async fn serve(qmp: Qmp, mut client: UnixStream) {
 }
 
 async fn hand_over(qmp: &Qmp) -> Result<UnixStream> {
-    let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(|error| Error::io("make a socket pair", &error))?;
+    let (ours, theirs) =
+        std::os::unix::net::UnixStream::pair().map_err(|error| Error::io("make a socket pair", &error))?;
     let name = "burgeon-display";
     qmp.execute_with("getfd", json!({"fdname": name}), Some(OwnedFd::from(theirs)), COMMAND_DEADLINE).await?;
     qmp.execute("add_client", json!({"protocol": "vnc", "fdname": name, "skipauth": true})).await?;

@@ -88,7 +88,8 @@ pub async fn run(options: Options) -> Result<()> {
         std::fs::remove_file(&socket).map_err(|error| Error::io("replace the host's socket", &error))?;
     }
     let registry = Registry::start(context.clone());
-    let listener = UnixListener::bind(&socket).map_err(|error| Error::io(format!("listen on {}", socket.display()), &error))?;
+    let listener =
+        UnixListener::bind(&socket).map_err(|error| Error::io(format!("listen on {}", socket.display()), &error))?;
     std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))
         .map_err(|error| Error::io("protect the host's socket", &error))?;
     tracing::info!(data = %layout.data.display(), "the host process serves");

@@ -110,7 +110,8 @@ fn link(from: &Path, to: &Path) -> Result<()> {
     if fs::hard_link(from, to).is_err() {
         fs::copy(from, to).map_err(|error| Error::io(format!("copy {name}"), &error))?;
     }
-    fs::set_permissions(to, fs::Permissions::from_mode(0o444)).map_err(|error| Error::io(format!("protect {name}"), &error))
+    fs::set_permissions(to, fs::Permissions::from_mode(0o444))
+        .map_err(|error| Error::io(format!("protect {name}"), &error))
 }
 
 fn give(path: &Path, run_as: RunAs, mode: u32) -> Result<()> {

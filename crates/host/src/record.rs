@@ -40,7 +40,11 @@ impl Record {
         let record: Record = serde_json::from_slice(&bytes)
             .map_err(|error| Error::damaged(format!("{} does not read: {error}", path.display())))?;
         if record.format != FORMAT {
-            return Err(Error::refused(format!("{} has format {}; this Burgeon knows {FORMAT}", path.display(), record.format)));
+            return Err(Error::refused(format!(
+                "{} has format {}; this Burgeon knows {FORMAT}",
+                path.display(),
+                record.format
+            )));
         }
         Ok(record)
     }

@@ -88,7 +88,8 @@ async fn own(
             }
             Ask::Get { id, reply } => drop(reply.send(vms.get(&id).cloned())),
             Ask::List { reply } => {
-                let mut all: Vec<HostVm> = vms.values().map(|handle| with_figures(handle.view.borrow().clone())).collect();
+                let mut all: Vec<HostVm> =
+                    vms.values().map(|handle| with_figures(handle.view.borrow().clone())).collect();
                 all.sort_by_key(|view| view.id);
                 drop(reply.send(all));
             }
@@ -109,7 +110,9 @@ fn find_left_over(context: &Arc<Context>, changes: &broadcast::Sender<HostVm>) -
                 let id = record.launch.id;
                 vms.insert(id, vm::resume(context.clone(), directory, record, found, changes.clone()));
             }
-            Err(error) => tracing::error!(directory = %directory.display(), %error, "a VM's record does not read; its directory is left as it is"),
+            Err(error) => {
+                tracing::error!(directory = %directory.display(), %error, "a VM's record does not read; its directory is left as it is")
+            }
         }
     }
     vms
@@ -136,10 +139,9 @@ fn look_for(directory: &Path, mut record: Record) -> (Record, Result<Arc<Process
         boot_id: record.host_boot_id.clone(),
     };
     let seen = match identity_of(identity.pid) {
-        Some(now) => Seen::Process {
-            start_time_ticks: now.start_ticks,
-            executable: Some(now.executable.display().to_string()),
-        },
+        Some(now) => {
+            Seen::Process { start_time_ticks: now.start_ticks, executable: Some(now.executable.display().to_string()) }
+        }
         None => Seen::Nothing,
     };
     // Whether its sockets answer is tried next, by the VM's own task.

@@ -27,7 +27,12 @@ const MOST_REQUEST: u32 = 4 << 20;
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Serves until `leave` is asked for.
-pub(crate) async fn serve(listener: UnixListener, context: Arc<Context>, registry: Registry, build: String) -> Result<()> {
+pub(crate) async fn serve(
+    listener: UnixListener,
+    context: Arc<Context>,
+    registry: Registry,
+    build: String,
+) -> Result<()> {
     let (leave, mut leaving) = mpsc::channel::<()>(1);
     let build: Arc<str> = build.into();
     loop {
@@ -70,15 +75,21 @@ impl Connection {
             Request::Hello => {
                 let (accelerator, reason) = match self.context.verdict.get() {
                     Some(verdict) => (verdict.accelerator(), verdict.reason.clone()),
-                    None => (burgeon_api::vm::Accelerator::Tcg, "not decided yet: the first VM's kernel will be the probe".into()),
+                    None => (
+                        burgeon_api::vm::Accelerator::Tcg,
+                        "not decided yet: the first VM's kernel will be the probe".into(),
+                    ),
                 };
-                reply(stream, &Reply::Hello {
-                    version: VERSION,
-                    pid: std::process::id(),
-                    build: self.build.to_string(),
-                    accelerator,
-                    accelerator_reason: reason,
-                })
+                reply(
+                    stream,
+                    &Reply::Hello {
+                        version: VERSION,
+                        pid: std::process::id(),
+                        build: self.build.to_string(),
+                        accelerator,
+                        accelerator_reason: reason,
+                    },
+                )
                 .await
             }
             Request::List => {
@@ -175,7 +186,9 @@ impl Connection {
             return Ok(handle);
         }
         let name = handle.view.borrow().name.clone();
-        Err(Error::unavailable(format!("VM {name} is {} {}", observed.name(), observed.detail()).trim_end().to_string()))
+        Err(Error::unavailable(
+            format!("VM {name} is {} {}", observed.name(), observed.detail()).trim_end().to_string(),
+        ))
     }
 
     async fn agent(&self, vm: VmId) -> Result<burgeon_guest::client::AgentClient> {
@@ -191,11 +204,7 @@ impl Connection {
         // The connection changes hands; what stays behind is one end of a pair that nobody uses.
         let (spare, _) = UnixStream::pair().map_err(|error| Error::io("hand over a connection", &error))?;
         let stream = std::mem::replace(stream, spare);
-        handle
-            .commands
-            .send(make(stream))
-            .await
-            .map_err(|_| Error::not_found("the VM has just been removed"))
+        handle.commands.send(make(stream)).await.map_err(|_| Error::not_found("the VM has just been removed"))
     }
 
     async fn file(&self, stream: &mut UnixStream, vm: VmId, request: FileRequest) -> Result<()> {

@@ -14,7 +14,7 @@
 use std::{collections::VecDeque, future, sync::Arc, time::Duration};
 
 use burgeon_api::{
-    Error, Result,
+    Error, ErrorKind, Result,
     exec::{Attach, ExecSpec, Exit, Frame, MOST_PAYLOAD, WINDOW},
 };
 use burgeon_guest::client::{AgentClient, ExecControl, ExecEvent, ExecHandle, ExecOutput};
@@ -136,9 +136,20 @@ pub(crate) async fn run(agent: AgentClient, spec: ExecSpec, mut attachments: mps
     };
     match agent.exec(spec).await {
         Ok(exec) => session.exec = Some(Running::new(exec)),
-        Err(error) => session.exit = Some(Frame::Failed(error)),
+        Err(error) => session.exit = Some(not_started(error)),
     }
     session.serve(&mut attachments).await;
+}
+
+/// A command that the guest cannot run is its user's matter; all else is ours.
+fn not_started(error: Error) -> Frame {
+    match error.kind {
+        ErrorKind::NotFound => Frame::Exit(Exit::NotStarted { reason: error.message, not_found: true }),
+        ErrorKind::Refused | ErrorKind::Invalid => {
+            Frame::Exit(Exit::NotStarted { reason: error.message, not_found: false })
+        }
+        _ => Frame::Failed(error),
+    }
 }
 
 /// Answers a client for whom there is no session.
@@ -241,8 +252,7 @@ impl Session {
     fn join(&mut self, attachment: Attachment) {
         let Attachment { stream, attach } = attachment;
         let (read, write) = stream.into_split();
-        let mut connection =
-            Connection { read, write, input: Vec::new(), outgoing: VecDeque::new(), exit_sent: false };
+        let mut connection = Connection { read, write, input: Vec::new(), outgoing: VecDeque::new(), exit_sent: false };
         let rewound = self
             .stdout
             .acknowledge(attach.stdout_received)
@@ -363,8 +373,7 @@ impl Session {
                     self.end_input_if_done();
                 }
                 Frame::OutputReceived { stdout, stderr } => {
-                    let acknowledged =
-                        self.stdout.acknowledge(stdout).and_then(|()| self.stderr.acknowledge(stderr));
+                    let acknowledged = self.stdout.acknowledge(stdout).and_then(|()| self.stderr.acknowledge(stderr));
                     if let Err(error) = acknowledged {
                         return self.refuse(error);
                     }

@@ -90,11 +90,16 @@ impl Context {
                         found.store(&self.layout.kvm_verdict());
                         found
                     }
-                    None => verdict(false, "KVM is not proven yet: no image with a Burgeon kernel has run; emulated (TCG)"),
+                    None => {
+                        verdict(false, "KVM is not proven yet: no image with a Burgeon kernel has run; emulated (TCG)")
+                    }
                 };
                 if self.wish == Wish::Kvm && !found.kvm_works {
-                    return Err(Error::refused(format!("BURGEON_ACCEL=kvm, and KVM does not work here: {}", found.reason))
-                        .with_hint("set BURGEON_ACCEL=auto to run emulated"));
+                    return Err(Error::refused(format!(
+                        "BURGEON_ACCEL=kvm, and KVM does not work here: {}",
+                        found.reason
+                    ))
+                    .with_hint("set BURGEON_ACCEL=auto to run emulated"));
                 }
                 Ok(found)
             })

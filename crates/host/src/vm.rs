@@ -12,12 +12,7 @@
 //! ```
 //! Nothing else writes the VM's record or talks to its QEMU. Requests come by [`VmHandle`].
 
-use std::{
-    collections::HashMap,
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 
 use burgeon_api::{
     ByteSize, Error, ExecId, Result,
@@ -46,14 +41,29 @@ use crate::{
 const REATTACH: Duration = Duration::from_secs(5);
 
 pub(crate) enum Command {
-    Stop { mode: StopMode, done: oneshot::Sender<Result<()>> },
-    Remove { done: oneshot::Sender<Result<()>> },
-    Exec { attachment: Box<Attachment> },
-    Console { client: UnixStream },
-    Display { client: UnixStream },
+    Stop {
+        mode: StopMode,
+        done: oneshot::Sender<Result<()>>,
+    },
+    Remove {
+        done: oneshot::Sender<Result<()>>,
+    },
+    Exec {
+        attachment: Box<Attachment>,
+    },
+    Console {
+        client: UnixStream,
+    },
+    Display {
+        client: UnixStream,
+    },
     /// The agent, for requests that need nothing else.
-    Agent { reply: oneshot::Sender<Result<AgentClient>> },
-    EndSessions { done: oneshot::Sender<Result<()>> },
+    Agent {
+        reply: oneshot::Sender<Result<AgentClient>>,
+    },
+    EndSessions {
+        done: oneshot::Sender<Result<()>>,
+    },
 }
 
 /// How the rest of the host process reaches a VM's task.
@@ -297,7 +307,9 @@ impl Owner {
                     self.publish(|view| view.observed = Observed::Unknown { reason });
                     self.retry_at = Some(Instant::now() + REATTACH);
                 } else {
-                    self.finish(Observed::Failed { reason: "its process ended while the host process was away".into() });
+                    self.finish(Observed::Failed {
+                        reason: "its process ended while the host process was away".into(),
+                    });
                 }
             }
             Err(error) => self.finish(Observed::Failed { reason: error.to_string() }),
@@ -358,7 +370,8 @@ impl Owner {
             (true, None, _) => Observed::Stopped { reason: "stopped on request, by force".into() },
             (false, Some(reason), _) => Observed::Stopped { reason },
             (false, None, status) => {
-                let log = burgeon_qemu::process::log_tail(&self.directory.join(burgeon_qemu::command::file::QEMU_LOG), 400);
+                let log =
+                    burgeon_qemu::process::log_tail(&self.directory.join(burgeon_qemu::command::file::QEMU_LOG), 400);
                 let how = status.unwrap_or_else(|| "no exit status to be had".into());
                 let log = if log.is_empty() { log } else { format!("; QEMU said: {log}") };
                 Observed::Failed { reason: format!("QEMU ended unasked ({how}){log}") }
@@ -501,7 +514,8 @@ impl Owner {
         };
         let spec = attachment.attach.spec.clone();
         if attachment.attach.stdout_received > 0 || attachment.attach.stderr_received > 0 {
-            session::refuse(attachment, Error::not_found("this command is not known any more: its session has ended")).await;
+            session::refuse(attachment, Error::not_found("this command is not known any more: its session has ended"))
+                .await;
             return;
         }
         let (sender, receiver) = mpsc::channel(4);

@@ -96,7 +96,8 @@ impl<'a> Apt<'a> {
              APT::Sandbox::User \"root\";\nAPT::Update::Error-Mode \"any\";\n\
              Acquire::Languages \"none\";\nAcquire::Retries \"2\";\nDebug::NoLocking \"true\";\n"
         );
-        let keyring = if Path::new(DEBIAN_KEYRING).is_file() { format!(" signed-by={DEBIAN_KEYRING}") } else { String::new() };
+        let keyring =
+            if Path::new(DEBIAN_KEYRING).is_file() { format!(" signed-by={DEBIAN_KEYRING}") } else { String::new() };
         let sources: String = self
             .sources
             .iter()

@@ -98,7 +98,17 @@ pub fn build(
     }
     let (lock, packages) = chooser.fetch(lock)?;
     let work = WorkDirectory::create(&request.data.temporary)?;
-    let build = Build { request, recipe: &recipe, files: &files, lock: &lock, packages, tools, limits, progress, work: work.path() };
+    let build = Build {
+        request,
+        recipe: &recipe,
+        files: &files,
+        lock: &lock,
+        packages,
+        tools,
+        limits,
+        progress,
+        work: work.path(),
+    };
     let image = build.run(runner)?;
     limits.check_cancelled()?;
     let image = Image { recipe: digest(&recipe, &files, &lock)?, created_s: request.now_s, ..image };

@@ -87,7 +87,13 @@ mod tests {
     use super::*;
     use tar::EntryType;
 
-    fn append(builder: &mut tar::Builder<Vec<u8>>, path: &str, kind: EntryType, data: &[u8], attributes: &[(&str, &[u8])]) {
+    fn append(
+        builder: &mut tar::Builder<Vec<u8>>,
+        path: &str,
+        kind: EntryType,
+        data: &[u8],
+        attributes: &[(&str, &[u8])],
+    ) {
         builder.append_pax_extensions(attributes.iter().copied()).unwrap();
         crate::deb::tests::entry(builder, path, kind, "", data);
     }
@@ -111,10 +117,22 @@ mod tests {
         let mut builder = tar::Builder::new(Vec::new());
         append(&mut builder, "./", EntryType::Directory, b"", &[]);
         append(&mut builder, "./etc/", EntryType::Directory, b"", &[]);
-        append(&mut builder, "./etc/changed", EntryType::Regular, b"after", &[("SCHILY.xattr.security.capability", b"\x01\0\x02")]);
+        append(
+            &mut builder,
+            "./etc/changed",
+            EntryType::Regular,
+            b"after",
+            &[("SCHILY.xattr.security.capability", b"\x01\0\x02")],
+        );
         append(&mut builder, "./etc/gone", EntryType::Char, b"", &[]);
         append(&mut builder, "./etc/old/", EntryType::Directory, b"", &[("SCHILY.xattr.trusted.overlay.opaque", b"y")]);
-        append(&mut builder, "./etc/old/b", EntryType::Regular, b"new", &[("SCHILY.xattr.trusted.overlay.origin", b"x")]);
+        append(
+            &mut builder,
+            "./etc/old/b",
+            EntryType::Regular,
+            b"new",
+            &[("SCHILY.xattr.trusted.overlay.origin", b"x")],
+        );
         append(&mut builder, "./var", EntryType::Regular, b"now a file", &[]);
         apply(&mut tree, builder.into_inner().unwrap().as_slice()).unwrap();
         let paths: Vec<String> = tree.iter().map(|(path, _)| shown(path)).collect();

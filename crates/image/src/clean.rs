@@ -118,11 +118,8 @@ mod tests {
             tree.put_file(path.as_bytes(), meta, &mut &b"text"[..]).unwrap();
         }
         normalise(&mut tree, 500).unwrap();
-        let files: Vec<String> = tree
-            .iter()
-            .filter(|(_, node)| node.kind == Kind::File)
-            .map(|(path, _)| crate::tree::shown(path))
-            .collect();
+        let files: Vec<String> =
+            tree.iter().filter(|(_, node)| node.kind == Kind::File).map(|(path, _)| crate::tree::shown(path)).collect();
         assert_eq!(files, ["etc/machine-id", "etc/passwd", "usr/lib/python3/a.py", "var/log/lastlog"]);
         assert_eq!(tree.read(b"etc/machine-id").unwrap(), b"");
         assert_eq!(tree.read(b"var/log/lastlog").unwrap(), b"");

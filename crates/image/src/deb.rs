@@ -221,7 +221,12 @@ impl Unpacker {
 }
 
 /// Puts what is no directory from a tar entry into a tree.
-pub(crate) fn put_entry<R: Read>(tree: &mut Tree, path: &[u8], meta: Meta, entry: &mut tar::Entry<'_, R>) -> Result<()> {
+pub(crate) fn put_entry<R: Read>(
+    tree: &mut Tree,
+    path: &[u8],
+    meta: Meta,
+    entry: &mut tar::Entry<'_, R>,
+) -> Result<()> {
     let damaged = |error: io::Error| Error::damaged(format!("the archive cannot be read: {error}"));
     let kind = entry.header().entry_type();
     if kind.is_symlink() {
@@ -265,7 +270,13 @@ pub(crate) mod tests {
     }
 
     /// Writes an entry whose name may be anything, which the library itself would refuse.
-    pub(crate) fn entry(builder: &mut tar::Builder<Vec<u8>>, name: &str, kind: tar::EntryType, link: &str, data: &[u8]) {
+    pub(crate) fn entry(
+        builder: &mut tar::Builder<Vec<u8>>,
+        name: &str,
+        kind: tar::EntryType,
+        link: &str,
+        data: &[u8],
+    ) {
         let mut header = tar::Header::new_ustar();
         header.as_mut_bytes()[..name.len()].copy_from_slice(name.as_bytes());
         header.as_mut_bytes()[157..157 + link.len()].copy_from_slice(link.as_bytes());

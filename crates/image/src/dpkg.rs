@@ -14,8 +14,14 @@ use crate::{
 
 /// What a guest never reads, left out as dpkg itself would by its option `path-exclude`: manuals,
 /// translations, and the hardware database, whose compilation alone takes seconds.
-const EXCLUDED: [&str; 6] =
-    ["usr/share/man/", "usr/share/info/", "usr/share/locale/", "usr/share/lintian/", "usr/lib/udev/hwdb.d/", "lib/udev/hwdb.d/"];
+const EXCLUDED: [&str; 6] = [
+    "usr/share/man/",
+    "usr/share/info/",
+    "usr/share/locale/",
+    "usr/share/lintian/",
+    "usr/lib/udev/hwdb.d/",
+    "lib/udev/hwdb.d/",
+];
 const DOCUMENTS: &str = "usr/share/doc/";
 
 /// Whether a path of a package is left out. Copyright files stay.
@@ -28,7 +34,9 @@ pub(crate) fn excluded(path: &[u8]) -> bool {
 
 /// The same rules for dpkg inside the guest, so that packages installed later are treated alike.
 fn exclusions() -> String {
-    let mut text = String::from("# Written by Burgeon. Remove to keep manuals and translations of packages installed from now on.\n");
+    let mut text = String::from(
+        "# Written by Burgeon. Remove to keep manuals and translations of packages installed from now on.\n",
+    );
     for prefix in EXCLUDED {
         text.push_str(&format!("path-exclude=/{prefix}*\n"));
     }

@@ -77,7 +77,7 @@ impl Disk<'_> {
         // debugfs succeeds whatever happens to its commands, and complains on standard error only.
         let said = String::from_utf8_lossy(&finished.stderr);
         match said.lines().find(|line| !line.starts_with("debugfs ") && !line.trim().is_empty()) {
-            None => Ok(()),
+            None => hash::punch_zeros(out),
             Some(line) => Err(self.too_small(Error::internal(format!("debugfs: {line}")))),
         }
     }
@@ -186,7 +186,15 @@ fn kind_bits(kind: &Kind) -> u32 {
 fn uuid(text: &str) -> String {
     let digest = hash::of_bytes(text.as_bytes());
     let mut uuid = String::new();
-    let _ = write!(uuid, "{}-{}-8{}-a{}-{}", &digest[..8], &digest[8..12], &digest[13..16], &digest[17..20], &digest[20..32]);
+    let _ = write!(
+        uuid,
+        "{}-{}-8{}-a{}-{}",
+        &digest[..8],
+        &digest[8..12],
+        &digest[13..16],
+        &digest[17..20],
+        &digest[20..32]
+    );
     uuid
 }
 

@@ -153,7 +153,9 @@ mod tests {
         fs::write(directory.path().join("secret"), "s").unwrap();
         fs::write(inside.join("good"), "g").unwrap();
         std::os::unix::fs::symlink("../secret", inside.join("link")).unwrap();
-        for (from, word) in [("../secret", "outside"), ("link", "outside"), ("gone", "cannot open"), ("/etc/passwd", "outside")] {
+        for (from, word) in
+            [("../secret", "outside"), ("link", "outside"), ("gone", "cannot open"), ("/etc/passwd", "outside")]
+        {
             let (document, recipe) = recipe(&format!("[[file]]\nto = \"/a\"\nfrom = \"{from}\"\n"));
             let error = read(&recipe, &document, &inside).unwrap_err();
             assert!(error.message.contains(word), "{error}");

@@ -200,7 +200,9 @@ impl Import<'_> {
         let init = ["/sbin/init", "/init", "/bin/sh"]
             .into_iter()
             .find(|init| tree.canonical(init.as_bytes()).is_ok_and(|path| tree.get(&path).is_some()))
-            .ok_or_else(|| Error::invalid("the archive holds no /sbin/init, /init or /bin/sh: it is no root file system"))?;
+            .ok_or_else(|| {
+                Error::invalid("the archive holds no /sbin/init, /init or /bin/sh: it is no root file system")
+            })?;
         for directory in ["dev", "proc", "run", "sys", "tmp"] {
             if tree.get(directory.as_bytes()).is_none() {
                 tree.put_directory(directory.as_bytes(), Meta::root(if directory == "tmp" { 0o1777 } else { 0o755 }))?;
@@ -280,7 +282,8 @@ impl Import<'_> {
                     tree.put_directory(&path, meta)?;
                 }
             } else {
-                put_entry(tree, &path, meta, &mut entry).map_err(|error| error.context(format!("/{}", shown(&path))))?;
+                put_entry(tree, &path, meta, &mut entry)
+                    .map_err(|error| error.context(format!("/{}", shown(&path))))?;
             }
         }
         Ok(contents)

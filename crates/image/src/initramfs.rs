@@ -32,8 +32,7 @@ pub fn compose_initramfs(image_directory: &Path, agent: &[u8], out: &Path) -> Re
     let mut front = Archive::default();
     front.put("init", 0o755, Body::File(agent.to_vec()));
     let from = image_directory.join(Image::INITRAMFS);
-    let mut image =
-        File::open(&from).map_err(|error| Error::io(format!("cannot open {}", from.display()), &error))?;
+    let mut image = File::open(&from).map_err(|error| Error::io(format!("cannot open {}", from.display()), &error))?;
     let write = |error: io::Error| Error::io(format!("cannot write {}", out.display()), &error);
     let mut file = BufWriter::new(File::create(out).map_err(write)?);
     front.write(&mut file)?;
@@ -119,9 +118,13 @@ pub(crate) fn busybox_tree(directory: &Path, busybox: &[u8]) -> Result<Tree> {
     for name in applets(busybox)?.iter().filter(|name| *name != "busybox") {
         tree.put_link(format!("bin/{name}").as_bytes(), Meta::root(0o777), b"busybox")?;
     }
-    for (path, target) in
-        [("sbin", "bin"), ("usr/bin", "../bin"), ("usr/sbin", "../bin"), ("var/run", "../run"), ("etc/mtab", "../proc/self/mounts")]
-    {
+    for (path, target) in [
+        ("sbin", "bin"),
+        ("usr/bin", "../bin"),
+        ("usr/sbin", "../bin"),
+        ("var/run", "../run"),
+        ("etc/mtab", "../proc/self/mounts"),
+    ] {
         tree.put_link(path.as_bytes(), Meta::root(0o777), target.as_bytes())?;
     }
     for (path, text) in [
@@ -155,7 +158,6 @@ pub(crate) fn put_tree(archive: &mut Archive, tree: &Tree) -> Result<()> {
 pub(crate) fn write(archive: &Archive, path: &Path) -> Result<()> {
     fs::write(path, archive.bytes()?).map_err(|error| Error::io(format!("cannot write {}", path.display()), &error))
 }
-
 
 #[cfg(test)]
 mod tests {

@@ -1,13 +1,6 @@
 //! The kernel package: its kernel, its modules, and which of them a guest gets.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    io::Read,
-    path::Path,
-    process::Command,
-    time::Duration,
-};
+use std::{collections::BTreeMap, fs, io::Read, path::Path, process::Command, time::Duration};
 
 use burgeon_api::{
     Error, Result,
@@ -60,32 +53,42 @@ const DISK_MODULES: [&str; 29] = [
     "mm/",
     "net/",
 ];
-/// Of these, what needs hardware or other members of a rare cluster.
-const NOT_DISK_MODULES: [&str; 23] = [
+/// Of these, what needs hardware or belongs to clusters of other machines.
+const NOT_DISK_MODULES: [&str; 31] = [
     "arch/x86/kvm/",
     "drivers/block/drbd/",
     "drivers/block/mtip32xx/",
+    "drivers/block/rbd",
     "drivers/block/xen",
+    "drivers/md/bcache/",
+    "drivers/scsi/BusLogic",
     "drivers/scsi/aacraid/",
+    "drivers/scsi/ch.ko",
     "drivers/scsi/device_handler/",
     "drivers/scsi/fnic/",
     "drivers/scsi/hv_",
+    "drivers/scsi/ipr",
     "drivers/scsi/libsas/",
     "drivers/scsi/megaraid",
-    "drivers/scsi/mpt3sas/",
-    "drivers/scsi/mpi3mr/",
+    "drivers/scsi/mp",
     "drivers/scsi/qla",
+    "drivers/scsi/scsi_transport_",
     "drivers/scsi/smartpqi/",
+    "drivers/scsi/st.ko",
+    "drivers/scsi/vmw",
     "drivers/scsi/xen",
+    "drivers/vhost/vhost_scsi",
+    "fs/ceph/",
     "fs/dlm/",
     "fs/gfs2/",
     "fs/ocfs2/",
     "fs/orangefs/",
-    "net/dccp/",
-    "net/rds/",
-    "net/smc/",
-    "net/tipc/",
+    "fs/smb/server/",
+    "net/ceph/",
+    "net/sunrpc/xprtrdma/",
 ];
+/// Protocols that hardly a guest speaks.
+const RARE: [&str; 6] = ["net/dccp/", "net/l2tp/", "net/rds/", "net/smc/", "net/tipc/", "net/vmw_vsock/hv_sock"];
 
 #[derive(Debug)]
 pub(crate) struct Kernel {
@@ -163,7 +166,8 @@ impl Kernel {
         let io = |error: std::io::Error| Error::io("cannot unpack kernel modules", &error);
         let packed: Vec<String> =
             self.modules.files.iter().filter(|(_, m)| m.path.ends_with(".ko.xz")).map(|(n, _)| n.clone()).collect();
-        if let Some(other) = self.modules.files.values().find(|m| !m.path.ends_with(".ko") && !m.path.ends_with(".ko.xz"))
+        if let Some(other) =
+            self.modules.files.values().find(|m| !m.path.ends_with(".ko") && !m.path.ends_with(".ko.xz"))
         {
             return Err(Error::invalid(format!("module {} is compressed in an unknown way", other.path)));
         }
@@ -209,7 +213,7 @@ impl Kernel {
         let usable = |path: &str| {
             let path = path.strip_prefix("kernel/").unwrap_or(path);
             DISK_MODULES.iter().any(|prefix| path.starts_with(prefix))
-                && !NOT_DISK_MODULES.iter().any(|prefix| path.starts_with(prefix))
+                && !NOT_DISK_MODULES.iter().chain(&RARE).any(|prefix| path.starts_with(prefix))
         };
         let mut wanted: Vec<&str> = Vec::new();
         for (name, module) in &self.modules.files {

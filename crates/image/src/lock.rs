@@ -54,7 +54,8 @@ pub(crate) struct Lock {
 }
 
 const FORMAT: u32 = 1;
-const HEADING: &str = "# The packages of the recipe beside this file. Written by `burgeon image build`; keep it with the recipe.\n";
+const HEADING: &str =
+    "# The packages of the recipe beside this file. Written by `burgeon image build`; keep it with the recipe.\n";
 
 /// A digest of what the choice of packages depends on.
 pub(crate) fn inputs(recipe: &Recipe, architecture: &str) -> String {

@@ -106,7 +106,8 @@ fn modinfo(elf: &[u8]) -> Option<&[u8]> {
     }
     let number = |offset: usize, size: usize| -> Option<usize> {
         let bytes = elf.get(offset..offset.checked_add(size)?)?;
-        let value = bytes.iter().rev().try_fold(0u64, |value, byte| value.checked_mul(256)?.checked_add((*byte).into()));
+        let value =
+            bytes.iter().rev().try_fold(0u64, |value, byte| value.checked_mul(256)?.checked_add((*byte).into()));
         usize::try_from(value?).ok()
     };
     // e_shoff, e_shentsize, e_shnum, e_shstrndx of the header; sh_name, sh_offset, sh_size of a section.
@@ -184,7 +185,10 @@ pub(crate) mod tests {
             ("b", "depends=a"),
             ("broken", "depends=gone"),
         ]);
-        assert_eq!(modules.order(&["virtio_net", "virtio", "ext4"]).unwrap(), ["ring", "virtio", "failover", "virtio_net"]);
+        assert_eq!(
+            modules.order(&["virtio_net", "virtio", "ext4"]).unwrap(),
+            ["ring", "virtio", "failover", "virtio_net"]
+        );
         assert_eq!(modules.order(&["wishful"]).unwrap(), ["failover", "wishful"]);
         assert_eq!(modules.order(&["a"]).unwrap(), ["b", "a"]);
         let error = modules.order(&["broken"]).unwrap_err();

@@ -6,6 +6,7 @@ use std::{
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
+    sync::mpsc,
     thread,
     time::{Duration, Instant},
 };
@@ -98,8 +99,9 @@ pub(crate) fn run_watched(mut command: Command, limits: Limits<'_>, tick: &mut d
     let name = program_name(&command);
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
     let mut child = command.spawn().map_err(|error| cannot_start(&name, &error))?;
-    let readers = (reader(child.stdout.take()), reader(child.stderr.take()));
-    let status = wait(&mut child, &name, limits, tick)?;
+    let (done, ended) = mpsc::channel();
+    let readers = (reader(child.stdout.take(), done.clone()), reader(child.stderr.take(), done));
+    let status = wait(&mut child, &name, limits, &ended, tick)?;
     let join = |handle: thread::JoinHandle<Vec<u8>>| handle.join().unwrap_or_default();
     Ok(Finished { status, stdout: join(readers.0), stderr: join(readers.1) })
 }
@@ -116,7 +118,7 @@ pub(crate) fn stream(mut command: Command) -> Result<Streaming> {
     let name = program_name(&command);
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
     let mut child = command.spawn().map_err(|error| cannot_start(&name, &error))?;
-    let stderr = reader(child.stderr.take());
+    let stderr = reader(child.stderr.take(), mpsc::channel().0);
     Ok(Streaming { child, name, stderr: Some(stderr) })
 }
 
@@ -141,8 +143,7 @@ impl Streaming {
     pub(crate) fn finish(mut self) -> Result<()> {
         let drained = std::io::copy(&mut self, &mut std::io::sink());
         drained.map_err(|error| Error::io(format!("cannot read from {}", self.name), &error))?;
-        let status =
-            self.child.wait().map_err(|error| Error::io(format!("cannot wait for {}", self.name), &error))?;
+        let status = self.child.wait().map_err(|error| Error::io(format!("cannot wait for {}", self.name), &error))?;
         let stderr = self.stderr.take().and_then(|handle| handle.join().ok()).unwrap_or_default();
         if status.success() {
             Ok(())
@@ -158,12 +159,20 @@ impl Drop for Streaming {
     }
 }
 
-fn wait(child: &mut Child, name: &str, limits: Limits<'_>, tick: &mut dyn FnMut()) -> Result<ExitStatus> {
+/// Waits for the end of a program. `ended` hears of each output that is closed, which is when most
+/// programs end: a build runs hundreds of short ones, and must not sleep past their ends.
+fn wait(
+    child: &mut Child,
+    name: &str,
+    limits: Limits<'_>,
+    ended: &mpsc::Receiver<()>,
+    tick: &mut dyn FnMut(),
+) -> Result<ExitStatus> {
     let start = Instant::now();
-    let mut pause = Duration::from_millis(1);
+    let mut pause = Duration::from_millis(50);
     loop {
-        let ended = child.try_wait().map_err(|error| Error::io(format!("cannot wait for {name}"), &error))?;
-        if let Some(status) = ended {
+        let status = child.try_wait().map_err(|error| Error::io(format!("cannot wait for {name}"), &error))?;
+        if let Some(status) = status {
             return Ok(status);
         }
         let error = if (limits.cancelled)() {
@@ -172,8 +181,14 @@ fn wait(child: &mut Child, name: &str, limits: Limits<'_>, tick: &mut dyn FnMut(
             Error::deadline(format!("{name} took longer than {} s", limits.deadline.as_secs()))
         } else {
             tick();
-            thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(50));
+            match ended.recv_timeout(pause) {
+                Ok(()) | Err(mpsc::RecvTimeoutError::Timeout) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => {
+                    // Both outputs are closed: it is about to end, or went on silently.
+                    thread::sleep(pause.min(Duration::from_millis(1)));
+                    pause = Duration::from_millis(1);
+                }
+            }
             continue;
         };
         kill(child);
@@ -194,12 +209,13 @@ fn kill(child: &mut Child) {
     drop(child.wait());
 }
 
-fn reader(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<Vec<u8>> {
+fn reader(pipe: Option<impl Read + Send + 'static>, done: mpsc::Sender<()>) -> thread::JoinHandle<Vec<u8>> {
     thread::spawn(move || {
         let mut out = Vec::new();
         if let Some(mut pipe) = pipe {
             drop(pipe.read_to_end(&mut out));
         }
+        drop(done);
         out
     })
 }

@@ -68,12 +68,9 @@ mod tests {
     #[test]
     fn files_that_lead_elsewhere_are_refused() {
         check(&header()).unwrap();
-        for (at, value, word) in [
-            (15, 1, "backing file"),
-            (79, 4, "another file"),
-            (35, 1, "encrypted"),
-            (7, 9, "version 9"),
-        ] {
+        for (at, value, word) in
+            [(15, 1, "backing file"), (79, 4, "another file"), (35, 1, "encrypted"), (7, 9, "version 9")]
+        {
             let mut head = header();
             head[at] = value;
             let error = check(&head).unwrap_err();

@@ -13,7 +13,8 @@ use crate::{
 
 pub(super) fn config(context: &Context) -> Result<u8> {
     let from = |name: &str| if std::env::var_os(name).is_some() { name.to_string() } else { "default".to_string() };
-    let data_from = if std::env::args().any(|word| word.starts_with("--data")) { "--data".into() } else { from("BURGEON_DATA") };
+    let data_from =
+        if std::env::args().any(|word| word.starts_with("--data")) { "--data".into() } else { from("BURGEON_DATA") };
     let wish = std::env::var("BURGEON_ACCEL").unwrap_or_else(|_| "auto".into());
     let archive = std::env::var("BURGEON_DEBIAN_ARCHIVE").unwrap_or_else(|_| "from this machine's apt".into());
     let log = std::env::var("BURGEON_LOG").unwrap_or_else(|_| "info".into());

@@ -87,11 +87,14 @@ async fn send(client: &Client, from: &Path, vm: &str, to: &[u8], recursive: bool
     let mode = about.permissions().mode() & 0o7777;
     if about.is_dir() {
         if !recursive {
-            return Err(Error::invalid(format!("{} is a directory", from.display())).with_hint("copy it with --recursive"));
+            return Err(
+                Error::invalid(format!("{} is a directory", from.display())).with_hint("copy it with --recursive")
+            );
         }
         let path = format!("{}&mode={mode:o}", query(vm, "directories", to));
         client.put(&path, 0, full(Bytes::new())).await?;
-        let mut entries = std::fs::read_dir(from).map_err(failed)?.collect::<std::io::Result<Vec<_>>>().map_err(failed)?;
+        let mut entries =
+            std::fs::read_dir(from).map_err(failed)?.collect::<std::io::Result<Vec<_>>>().map_err(failed)?;
         entries.sort_by_key(std::fs::DirEntry::file_name);
         for entry in entries {
             let kind = entry.file_type().map_err(failed)?;
@@ -142,19 +145,26 @@ async fn fetch(client: &Client, vm: &str, from: &[u8], to: &Path, recursive: boo
             let name = path_text::decode(&entry.name, entry.name_escaped);
             // The guest chooses these names; none of them may lead out of the directory.
             if name.contains(&b'/') || name == b".." || name == b"." || name.is_empty() {
-                return Err(Error::damaged(format!("the VM told a file name that is none: \"{}\"", path_text::printable(&entry.name))));
+                return Err(Error::damaged(format!(
+                    "the VM told a file name that is none: \"{}\"",
+                    path_text::printable(&entry.name)
+                )));
             }
             let there = join(from, &name);
             let here = to.join(OsString::from_vec(name));
             match entry.kind.as_str() {
                 "file" | "directory" => Box::pin(fetch(client, vm, &there, &here, recursive)).await?,
-                _ => crate::output::note(&format!("left out, neither file nor directory: {}", path_text::printable(&entry.name))),
+                _ => crate::output::note(&format!(
+                    "left out, neither file nor directory: {}",
+                    path_text::printable(&entry.name)
+                )),
             }
         }
         return Ok(());
     }
     let response = client.get_raw(&query(vm, "files", from)).await?;
-    let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok()).map(ToString::to_string);
+    let header =
+        |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok()).map(ToString::to_string);
     let mode = header("burgeon-mode").and_then(|mode| u32::from_str_radix(&mode, 8).ok()).unwrap_or(0o644);
     let size: u64 = header("content-length").and_then(|size| size.parse().ok()).unwrap_or(0);
     let new = to.with_file_name(format!(".{}.burgeon-new", name_of(to)?.to_string_lossy()));

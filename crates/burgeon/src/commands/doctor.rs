@@ -49,7 +49,9 @@ pub(super) async fn run(context: &Context) -> Result<u8> {
     let qemu = Qemu::find().await;
     match &qemu {
         Ok(qemu) => findings.push(Finding::good("qemu", format!("QEMU {}", qemu.version))),
-        Err(error) => findings.push(Finding::missing("qemu", error.to_string(), error.hint.clone().unwrap_or_default())),
+        Err(error) => {
+            findings.push(Finding::missing("qemu", error.to_string(), error.hint.clone().unwrap_or_default()))
+        }
     }
     findings.extend(programs());
     findings.push(kvm(&context.data, qemu.ok().as_ref()));
@@ -107,8 +109,14 @@ fn kvm(data: &Path, qemu: Option<&Qemu>) -> Finding {
     let slow = "VMs run emulated, about ten times slower";
     match (probe::device(), known) {
         (_, Some(verdict)) if verdict.kvm_works => Finding::good("kvm", verdict.reason),
-        (_, Some(verdict)) => Finding::lacking("kvm", verdict.reason, format!("{slow}; on a machine of your own, enable virtualisation in its firmware")),
-        (Err(reason), None) => Finding::lacking("kvm", reason, format!("{slow}; load kvm_intel or kvm_amd, or join the group kvm")),
+        (_, Some(verdict)) => Finding::lacking(
+            "kvm",
+            verdict.reason,
+            format!("{slow}; on a machine of your own, enable virtualisation in its firmware"),
+        ),
+        (Err(reason), None) => {
+            Finding::lacking("kvm", reason, format!("{slow}; load kvm_intel or kvm_amd, or join the group kvm"))
+        }
         (Ok(()), None) => Finding::good("kvm", "/dev/kvm opens; the first VM's kernel will be run under it as a probe"),
     }
 }
@@ -120,10 +128,18 @@ fn data_directory(data: &Path) -> Finding {
             let written = std::fs::write(&probe, b"x").and_then(|()| std::fs::remove_file(&probe));
             match written {
                 Ok(()) => Finding::good("data", layout.data.display().to_string()),
-                Err(error) => Finding::missing("data", format!("{}: {error}", layout.data.display()), "give another directory: --data DIR"),
+                Err(error) => Finding::missing(
+                    "data",
+                    format!("{}: {error}", layout.data.display()),
+                    "give another directory: --data DIR",
+                ),
             }
         }
-        Err(error) => Finding::missing("data", error.to_string(), error.hint.unwrap_or_else(|| "give another directory: --data DIR".into())),
+        Err(error) => Finding::missing(
+            "data",
+            error.to_string(),
+            error.hint.unwrap_or_else(|| "give another directory: --data DIR".into()),
+        ),
     }
 }
 
@@ -133,12 +149,18 @@ fn space(data: &Path) -> Finding {
         Ok(about) => {
             let free = ByteSize(about.f_bavail * about.f_frsize);
             if free < ByteSize::gib(4) {
-                Finding::lacking("space", format!("{free} free"), "an image build needs about 4 GiB: free some, or use --data DIR")
+                Finding::lacking(
+                    "space",
+                    format!("{free} free"),
+                    "an image build needs about 4 GiB: free some, or use --data DIR",
+                )
             } else {
                 Finding::good("space", format!("{free} free"))
             }
         }
-        Err(error) => Finding::lacking("space", format!("{}: {error}", near.display()), "check the directory's file system"),
+        Err(error) => {
+            Finding::lacking("space", format!("{}: {error}", near.display()), "check the directory's file system")
+        }
     }
 }
 
@@ -155,7 +177,11 @@ fn memory() -> Finding {
 fn cgroups() -> Finding {
     let remedy = "run burgeon serve as a systemd service with Delegate=yes (one is shipped); limits are shown as \"not enforced\" meanwhile";
     if !Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
-        return Finding::lacking("cgroups", "cgroup v2 is not mounted at /sys/fs/cgroup: VMs' limits are not enforced", remedy);
+        return Finding::lacking(
+            "cgroups",
+            "cgroup v2 is not mounted at /sys/fs/cgroup: VMs' limits are not enforced",
+            remedy,
+        );
     }
     let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let path = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default().to_string();
@@ -163,7 +189,11 @@ fn cgroups() -> Finding {
     if rustix::fs::access(&control, rustix::fs::Access::WRITE_OK).is_ok() {
         Finding::good("cgroups", "cgroup v2, writable")
     } else {
-        Finding::lacking("cgroups", "cgroup v2, and this user may not make groups: VMs' limits are not enforced", remedy)
+        Finding::lacking(
+            "cgroups",
+            "cgroup v2, and this user may not make groups: VMs' limits are not enforced",
+            remedy,
+        )
     }
 }
 
@@ -171,7 +201,11 @@ fn ptrace() -> Finding {
     match std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default().trim() {
         "" | "0" => Finding::good("ptrace scope", "not restricted"),
         "1" => Finding::good("ptrace scope", "1: only parents read their children's memory, as Burgeon does"),
-        other => Finding::lacking("ptrace scope", format!("{other}: no process may read another's memory"), "forking VMs will need it at 1: sysctl kernel.yama.ptrace_scope=1"),
+        other => Finding::lacking(
+            "ptrace scope",
+            format!("{other}: no process may read another's memory"),
+            "forking VMs will need it at 1: sysctl kernel.yama.ptrace_scope=1",
+        ),
     }
 }
 

@@ -24,7 +24,8 @@ pub(super) async fn run(context: &Context, command: ImageCommand) -> Result<u8> 
             follow(context, lines).await
         }
         ImageCommand::Import { file, name } => {
-            let file = std::fs::canonicalize(&file).map_err(|error| Error::io(format!("read {}", file.display()), &error))?;
+            let file =
+                std::fs::canonicalize(&file).map_err(|error| Error::io(format!("read {}", file.display()), &error))?;
             let file = file.to_str().ok_or_else(|| Error::invalid("the file's path is not UTF-8"))?.to_string();
             let lines = context.client()?.lines("/v1/images/import", Some(&ImportImage { file, name })).await?;
             follow(context, lines).await
@@ -64,7 +65,9 @@ async fn follow(context: &Context, mut lines: Lines<Progress>) -> Result<u8> {
                 return Err(error);
             }
             Some(step) => progress.show(&step),
-            None => return Err(Error::unavailable("the server broke off").with_hint("ask again: what is done is cached")),
+            None => {
+                return Err(Error::unavailable("the server broke off").with_hint("ask again: what is done is cached"));
+            }
         }
     }
 }

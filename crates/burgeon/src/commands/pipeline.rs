@@ -41,7 +41,7 @@ pub(super) async fn run(context: &Context, arguments: RunArguments) -> Result<u8
     let id = PipelineId::generate();
     let request = RunPipeline { id, pipeline, input: text(&input)?, output: text(&output)? };
     let client = context.client()?;
-    let _: PipelineView = client.post("/v1/pipelines", &request).await?;
+    drop::<PipelineView>(client.post("/v1/pipelines", &request).await?);
     let view = follow(&client, id).await?;
     finish(context, &client, &view).await
 }
@@ -57,7 +57,10 @@ async fn follow(client: &Client, id: PipelineId) -> Result<PipelineView> {
         let opened = client.lines::<PipelineView>(&format!("{path}/watch"), None::<&()>).await;
         let mut lines = match opened {
             Ok(lines) => lines,
-            Err(error) if lost_since.is_none_or(|since| since.elapsed() < RECONNECT) && error.kind == ErrorKind::Unavailable => {
+            Err(error)
+                if lost_since.is_none_or(|since| since.elapsed() < RECONNECT)
+                    && error.kind == ErrorKind::Unavailable =>
+            {
                 lost_since.get_or_insert_with(Instant::now);
                 sleep(Duration::from_millis(100)).await;
                 continue;
@@ -142,7 +145,11 @@ async fn finish(context: &Context, client: &Client, view: &PipelineView) -> Resu
         output::print(&format!("VMs ran emulated, without KVM: {}\n", server.accelerator_reason));
     }
     let out = std::path::Path::new(&view.output);
-    output::print(&format!("report: {}\n        {}\n", out.join("report.html").display(), out.join("report.json").display()));
+    output::print(&format!(
+        "report: {}\n        {}\n",
+        out.join("report.html").display(),
+        out.join("report.json").display()
+    ));
     Ok(0)
 }
 
@@ -195,7 +202,10 @@ pub(super) async fn show(context: &Context, run: &str) -> Result<u8> {
         .iter()
         .map(|step| {
             let mut row = vec![step.name.clone()];
-            row.extend([step.items_in, step.waiting, step.running, step.done, step.failed, step.retried].map(|n| n.to_string()));
+            row.extend(
+                [step.items_in, step.waiting, step.running, step.done, step.failed, step.retried]
+                    .map(|n| n.to_string()),
+            );
             row.push(format!("{}/{}", step.vms_ready, step.vms_wanted));
             row.push(step.vms_lost.to_string());
             row

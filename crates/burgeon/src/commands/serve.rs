@@ -122,7 +122,8 @@ async fn keep_up(data: &Path, kind: &'static str, words: Vec<String>, token: Can
             return Ok(());
         }
         tracing::error!(%status, "burgeon {kind} has ended; it is started again");
-        pause = if begun.elapsed() > WELL { Duration::from_millis(50) } else { (pause * 2).min(Duration::from_secs(5)) };
+        pause =
+            if begun.elapsed() > WELL { Duration::from_millis(50) } else { (pause * 2).min(Duration::from_secs(5)) };
         tokio::select! {
             () = sleep(pause) => {}
             () = token.cancelled() => return Ok(()),

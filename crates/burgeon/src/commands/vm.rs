@@ -48,7 +48,8 @@ fn read_profile(text: &str) -> Result<Profile> {
     if !text.contains('/') && !text.ends_with(".toml") {
         return Profile::named(text);
     }
-    let content = std::fs::read_to_string(text).map_err(|error| Error::io(format!("read the profile {text}"), &error))?;
+    let content =
+        std::fs::read_to_string(text).map_err(|error| Error::io(format!("read the profile {text}"), &error))?;
     let document = Document::new(text, content);
     let profile: Profile = document.parse()?;
     profile.check().map_err(|(key, error)| document.locate(&[key.into()], error))?;
@@ -143,7 +144,8 @@ async fn show(context: &Context, vm: &str, timing: bool) -> Result<u8> {
     let host = view.on_host.as_ref();
     if timing {
         let times = host.map(|host| host.start_times.clone()).unwrap_or_default();
-        let rows = times.iter().map(|time| vec![time.phase.clone(), format!("{:.1} ms", micro(time.microseconds))]).collect();
+        let rows =
+            times.iter().map(|time| vec![time.phase.clone(), format!("{:.1} ms", micro(time.microseconds))]).collect();
         output::table(&["phase", "time"], rows);
         return Ok(0);
     }
@@ -176,7 +178,11 @@ async fn show(context: &Context, vm: &str, timing: bool) -> Result<u8> {
     output::pairs(&lines);
     if let Some(host) = host {
         output::print("\n");
-        let rows = host.limits.iter().map(|limit| vec![limit.name.clone(), limit.value.clone(), limit.enforcement.clone()]).collect();
+        let rows = host
+            .limits
+            .iter()
+            .map(|limit| vec![limit.name.clone(), limit.value.clone(), limit.enforcement.clone()])
+            .collect();
         output::table(&["limit", "value", "enforcement"], rows);
     }
     Ok(0)
@@ -209,7 +215,7 @@ async fn verb(context: &Context, vm: &str, verb: &str) -> Result<u8> {
 async fn stop(context: &Context, vms: &[String], force: bool) -> Result<u8> {
     let client = context.client()?;
     for vm in vms {
-        let _: VmView = client.post(&format!("{}/stop", path(vm)), &StopVm { force }).await?;
+        drop::<VmView>(client.post(&format!("{}/stop", path(vm)), &StopVm { force }).await?);
     }
     Ok(0)
 }

@@ -29,7 +29,10 @@ const QUERY: &[(&str, &str)] = &[
 
 pub(super) fn add(routes: &mut Routes) {
     let entries = routes.schema::<Vec<GuestFile>>();
-    routes.add("get", "/v1/vms/{vm}/files", "The content of a file; its mode is in the header burgeon-mode", get).query(QUERY).kind("application/octet-stream");
+    routes
+        .add("get", "/v1/vms/{vm}/files", "The content of a file; its mode is in the header burgeon-mode", get)
+        .query(QUERY)
+        .kind("application/octet-stream");
     routes.add("put", "/v1/vms/{vm}/files", "Write a file as a whole; needs Content-Length", put).query(QUERY);
     routes.add("get", "/v1/vms/{vm}/directories", "The entries of a directory", list).query(QUERY).gives(entries);
     routes.add("put", "/v1/vms/{vm}/directories", "Make a directory and those above it", make).query(QUERY);
@@ -97,7 +100,11 @@ async fn put(
     Ok(finish_put(&mut stream).await?)
 }
 
-async fn list(State(state): State<Shared>, Path(vm): Path<String>, Query(query): Query<PathQuery>) -> Answer<Json<Vec<GuestFile>>> {
+async fn list(
+    State(state): State<Shared>,
+    Path(vm): Path<String>,
+    Query(query): Query<PathQuery>,
+) -> Answer<Json<Vec<GuestFile>>> {
     let id = state.meta.vm(&vm).await?.id;
     match state.host.file(id, FileRequest::List { path: query.bytes()? }).await?.0 {
         Reply::Entries(entries) => Ok(Json(

@@ -14,7 +14,9 @@ pub(super) fn add(routes: &mut Routes) {
 
 async fn show(State(state): State<Shared>) -> Answer<Json<ServerView>> {
     let (host_pid, accelerator, accelerator_reason) = match state.host.hello().await {
-        Ok(Reply::Hello { pid, accelerator, accelerator_reason, .. }) => (Some(pid), Some(accelerator), accelerator_reason),
+        Ok(Reply::Hello { pid, accelerator, accelerator_reason, .. }) => {
+            (Some(pid), Some(accelerator), accelerator_reason)
+        }
         Ok(_) => (None, None, "the host process gave a strange answer".to_string()),
         Err(error) => (None, None, error.to_string()),
     };

@@ -112,7 +112,12 @@ async fn relay(client: Upgraded, host: UnixStream, hangup: bool) {
     }
 }
 
-async fn raw(state: Shared, vm: String, mut request: Request, make: fn(burgeon_api::VmId) -> host::Request) -> Answer<Response> {
+async fn raw(
+    state: Shared,
+    vm: String,
+    mut request: Request,
+    make: fn(burgeon_api::VmId) -> host::Request,
+) -> Answer<Response> {
     check_upgrade(&request)?;
     let id = state.meta.vm(&vm).await?.id;
     let host = state.host.stream(make(id)).await?;

@@ -27,7 +27,8 @@ const LONGEST_WAIT: Duration = Duration::from_secs(180);
 
 pub(super) fn add(routes: &mut Routes) {
     let (one, many) = (routes.schema::<VmView>(), routes.schema::<Vec<VmView>>());
-    let (create, stop_body, figure) = (routes.schema::<CreateVm>(), routes.schema::<StopVm>(), routes.schema::<Figures>());
+    let (create, stop_body, figure) =
+        (routes.schema::<CreateVm>(), routes.schema::<StopVm>(), routes.schema::<Figures>());
     routes.add("get", "/v1/vms", "All VMs", list).gives(many);
     routes.add("post", "/v1/vms", "Create a VM and start it", make).takes(create).gives(one.clone());
     routes.add("get", "/v1/vms/{vm}", "One VM, by name or id; its version is the ETag", show).gives(one.clone());
@@ -81,7 +82,11 @@ struct WaitQuery {
     what: Option<String>,
 }
 
-async fn wait(State(state): State<Shared>, Path(vm): Path<String>, Query(query): Query<WaitQuery>) -> Answer<Json<VmView>> {
+async fn wait(
+    State(state): State<Shared>,
+    Path(vm): Path<String>,
+    Query(query): Query<WaitQuery>,
+) -> Answer<Json<VmView>> {
     let row = state.meta.vm(&vm).await?;
     let (id, name) = (row.id, row.name);
     let for_end = query.what.as_deref() == Some("ended");
@@ -128,7 +133,11 @@ async fn remove(State(state): State<Shared>, Path(vm): Path<String>, headers: He
     Ok(())
 }
 
-async fn stop(State(state): State<Shared>, Path(vm): Path<String>, Json(request): Json<StopVm>) -> Answer<Json<VmView>> {
+async fn stop(
+    State(state): State<Shared>,
+    Path(vm): Path<String>,
+    Json(request): Json<StopVm>,
+) -> Answer<Json<VmView>> {
     let row = state.meta.vm(&vm).await?;
     let row = state.meta.set_intent(row.id, Intent::Stopped, None).await?;
     let outcome = state.host.stop(row.id, stop_mode(request.force)).await;

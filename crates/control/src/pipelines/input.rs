@@ -29,7 +29,8 @@ pub(crate) enum Found {
 /// # Errors
 /// `NotFound` or `Refused` when the input itself cannot be read.
 pub(crate) fn walk(input: &Path, tell: &mut dyn FnMut(Found) -> bool) -> Result<()> {
-    let about = fs::metadata(input).map_err(|error| Error::io(format!("read the input {}", input.display()), &error))?;
+    let about =
+        fs::metadata(input).map_err(|error| Error::io(format!("read the input {}", input.display()), &error))?;
     if about.is_file() {
         let name = input.file_name().map(|name| name.as_bytes().to_vec()).unwrap_or_default();
         tell(look(input, name, about.len()));
@@ -93,7 +94,8 @@ fn open(file: &Path) -> std::io::Result<fs::File> {
 /// # Errors
 /// The system's reason, or that it is larger than `most` bytes.
 pub(crate) fn read(input: &Path, path: &[u8], most: u64) -> Result<Vec<u8>> {
-    let file: PathBuf = if input.is_file() { input.to_path_buf() } else { input.join(OsString::from_vec(path.to_vec())) };
+    let file: PathBuf =
+        if input.is_file() { input.to_path_buf() } else { input.join(OsString::from_vec(path.to_vec())) };
     let mut content = Vec::new();
     open(&file)
         .and_then(|file| file.take(most.saturating_add(1)).read_to_end(&mut content))

@@ -78,7 +78,9 @@ pub(crate) async fn start(state: &Shared, request: RunPipeline) -> Result<Pipeli
             let path = Path::new(&request.pipeline.directory).join(&file.from);
             if !path.is_file() {
                 return Err(Error::not_found(format!("step \"{}\": there is no file {}", step.name, path.display()))
-                    .with_hint("files are looked for beside the pipeline file; ./x build makes those of the examples"));
+                    .with_hint(
+                        "files are looked for beside the pipeline file; ./x build makes those of the examples",
+                    ));
             }
         }
     }

@@ -62,8 +62,10 @@ fn write_page(out: &mut String, report: &Report) -> std::fmt::Result {
     ] {
         write!(out, "<tr><td>{part}<td class=\"n\">{}<td class=\"sub\">{what}</tr>", seconds(time))?;
     }
-    out.push_str("</table><h2>Steps</h2><table><tr><th>step<th class=\"n\">items<th class=\"n\">done<th class=\"n\">failed\
-                  <th class=\"n\">retried<th class=\"n\">VMs<th class=\"n\">VMs lost</tr>");
+    out.push_str(
+        "</table><h2>Steps</h2><table><tr><th>step<th class=\"n\">items<th class=\"n\">done<th class=\"n\">failed\
+                  <th class=\"n\">retried<th class=\"n\">VMs<th class=\"n\">VMs lost</tr>",
+    );
     for step in &report.steps {
         write!(
             out,
@@ -91,7 +93,11 @@ fn write_bars(out: &mut String, key: &str, values: &std::collections::BTreeMap<S
     write!(out, "<h2>{}</h2>", escape(key))?;
     for (value, count) in sorted.iter().take(MOST_BARS) {
         let width = **count * 100 / most;
-        write!(out, "<div class=\"bar\"><span>{}</span><i style=\"width:{width}%\"></i><span>{count}</span></div>", escape(value))?;
+        write!(
+            out,
+            "<div class=\"bar\"><span>{}</span><i style=\"width:{width}%\"></i><span>{count}</span></div>",
+            escape(value)
+        )?;
     }
     if sorted.len() > MOST_BARS {
         write!(out, "<p class=\"sub\">and {} more in report.json</p>", sorted.len() - MOST_BARS)?;
@@ -110,9 +116,11 @@ fn write_files(out: &mut String, files: &[FileEntry]) -> std::fmt::Result {
         for (key, value) in &entry.attrs {
             let text = match value {
                 serde_json::Value::String(text) => text.clone(),
-                serde_json::Value::Array(values) => {
-                    values.iter().map(|value| value.as_str().map_or_else(|| value.to_string(), str::to_string)).collect::<Vec<_>>().join(", ")
-                }
+                serde_json::Value::Array(values) => values
+                    .iter()
+                    .map(|value| value.as_str().map_or_else(|| value.to_string(), str::to_string))
+                    .collect::<Vec<_>>()
+                    .join(", "),
                 other => other.to_string(),
             };
             if !text.is_empty() {

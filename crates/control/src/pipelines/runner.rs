@@ -47,7 +47,12 @@ enum Told {
     Lost(StepVm, String),
     Answer(StepVm, Answer),
     /// The content of an input file, or why it cannot be read.
-    Content { vm: StepVm, item: u64, attempt: u32, content: Result<Bytes> },
+    Content {
+        vm: StepVm,
+        item: u64,
+        attempt: u32,
+        content: Result<Bytes>,
+    },
 }
 
 struct Item {
@@ -81,7 +86,12 @@ struct Runner {
 }
 
 /// Leads the run to its end.
-pub(super) async fn lead(state: &Shared, row: PipelineRow, view: watch::Sender<PipelineView>, cancel: CancellationToken) {
+pub(super) async fn lead(
+    state: &Shared,
+    row: PipelineRow,
+    view: watch::Sender<PipelineView>,
+    cancel: CancellationToken,
+) {
     let id = row.view.id;
     let outcome = match Runner::prepare(state, row, view.clone()).await {
         Ok((runner, told)) => runner.lead(told, cancel).await,
@@ -127,7 +137,11 @@ async fn remove_vms(state: &Shared, id: PipelineId) {
 }
 
 impl Runner {
-    async fn prepare(state: &Shared, row: PipelineRow, view: watch::Sender<PipelineView>) -> Result<(Runner, mpsc::Receiver<Told>)> {
+    async fn prepare(
+        state: &Shared,
+        row: PipelineRow,
+        view: watch::Sender<PipelineView>,
+    ) -> Result<(Runner, mpsc::Receiver<Told>)> {
         let source = &row.request.pipeline;
         let (spec, graph) = burgeon_plan::pipeline::read(&Document::new(&source.file, &source.text))?;
         let begun = Instant::now();
@@ -162,8 +176,9 @@ impl Runner {
     async fn lead(mut self, mut told: mpsc::Receiver<Told>, cancel: CancellationToken) -> Result<()> {
         let (found_sender, mut found) = mpsc::channel::<Found>(1024);
         let input = PathBuf::from(&self.row.request.input);
-        let listing = blocking("list the input", move || input::walk(&input, &mut |entry| found_sender.blocking_send(entry).is_ok()));
-        let mut listing = Box::pin(listing);
+        let mut listing = tokio::task::spawn_blocking(move || {
+            input::walk(&input, &mut |entry| found_sender.blocking_send(entry).is_ok())
+        });
         let mut listed = false;
         let mut keep_at = Instant::now();
         while self.over.is_none() {
@@ -180,8 +195,9 @@ impl Runner {
                     None => {
                         listed = true;
                         let event = match (&mut listing).await {
-                            Ok(()) => Event::Listed,
-                            Err(error) => Event::Fail { reason: error.to_string() },
+                            Ok(Ok(())) => Event::Listed,
+                            Ok(Err(error)) => Event::Fail { reason: error.to_string() },
+                            Err(error) => Event::Fail { reason: format!("list the input: {error}") },
                         };
                         self.run.handle(now(&self), event, &mut actions);
                     }
@@ -326,8 +342,15 @@ impl Runner {
                     for key in ["path", "path_escaped", "outcome", "reason", "attempt", "vms"] {
                         attrs.remove(key);
                     }
-                    let entry =
-                        FileEntry { path: about.name, path_escaped: about.escaped, outcome, reason, attempt, vms, attrs };
+                    let entry = FileEntry {
+                        path: about.name,
+                        path_escaped: about.escaped,
+                        outcome,
+                        reason,
+                        attempt,
+                        vms,
+                        attrs,
+                    };
                     self.finished.push((about.path, entry));
                 }
                 Action::Done => self.over = Some((RunState::Done, None)),
@@ -348,14 +371,17 @@ impl Runner {
                 let limit = self.run.graph().steps[vm.step].payload_limit;
                 let tell = self.tell.clone();
                 tokio::spawn(async move {
-                    let content = blocking("read the input", move || input::read(&input, &path, limit).map(Bytes::from)).await;
+                    let content =
+                        blocking("read the input", move || input::read(&input, &path, limit).map(Bytes::from)).await;
                     // The run may be over.
                     drop(tell.send(Told::Content { vm, item, attempt, content }).await);
                 });
             }
             Err(error) => {
                 let tell = self.tell.clone();
-                tokio::spawn(async move { drop(tell.send(Told::Content { vm, item, attempt, content: Err(error) }).await) });
+                tokio::spawn(
+                    async move { drop(tell.send(Told::Content { vm, item, attempt, content: Err(error) }).await) },
+                );
             }
         }
     }
@@ -512,7 +538,8 @@ impl VmStart {
         self.state.host.end_sessions(id).await?;
         for file in &self.step.files {
             let path = self.directory.join(&file.from);
-            let content = tokio::fs::read(&path).await.map_err(|error| Error::io(format!("read {}", path.display()), &error))?;
+            let content =
+                tokio::fs::read(&path).await.map_err(|error| Error::io(format!("read {}", path.display()), &error))?;
             self.state
                 .host
                 .put(id, file.to.clone().into_bytes(), file.mode, &content)

@@ -196,7 +196,8 @@ mod tests {
 
     #[test]
     fn results_are_found_however_the_bytes_come() {
-        let text: &[u8] = b"{\"item\":1,\"attempt\":1,\"vm\":\"a\",\"size\":3}\nabc{\"item\":2,\"attempt\":1,\"vm\":\"a\"}\n";
+        let text: &[u8] =
+            b"{\"item\":1,\"attempt\":1,\"vm\":\"a\",\"size\":3}\nabc{\"item\":2,\"attempt\":1,\"vm\":\"a\"}\n";
         let whole = feed(&[text], 10).0;
         assert_eq!(whole, [(1, b"abc".to_vec()), (2, vec![])]);
         let bytes: Vec<&[u8]> = text.chunks(1).collect();

@@ -61,7 +61,9 @@ impl AgentClient {
     pub async fn wait_ready(&self, deadline: Instant) -> Result<Arc<About>> {
         let mut state = self.state.clone();
         let wait = state.wait_for(|state| !matches!(state, State::Connecting));
-        let known = timeout_at(deadline, wait).await.map_err(|_| Error::deadline("the guest's agent did not answer in time"))?;
+        let known = timeout_at(deadline, wait)
+            .await
+            .map_err(|_| Error::deadline("the guest's agent did not answer in time"))?;
         match known.as_deref() {
             Ok(State::Attached(about)) => Ok(about.clone()),
             Ok(State::Ended(error)) => Err(error.clone()),
@@ -209,8 +211,7 @@ impl AgentClient {
         let request = Request::Get { stream: 0, path: path.to_vec() };
         let (answer, opened) = self.ask(request, Some(Sink::Get(sender)), None).await?;
         let Answer::File { mode, size } = answer else { return Err(strange()) };
-        let content =
-            FileContent { pieces, guard: opened.guard, gathered: 0, deadline: self.deadline, over: false };
+        let content = FileContent { pieces, guard: opened.guard, gathered: 0, deadline: self.deadline, over: false };
         Ok((mode, size, content))
     }
 

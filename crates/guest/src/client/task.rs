@@ -374,7 +374,9 @@ impl Task {
                 }
             }
             Kind::Data | Kind::DataEnd => {
-                let Some((state, which)) = find(&mut self.streams, frame.stream) else { return self.count_noise(whole) };
+                let Some((state, which)) = find(&mut self.streams, frame.stream) else {
+                    return self.count_noise(whole);
+                };
                 let incoming = &mut state.incoming[which];
                 let spent = if frame.kind == Kind::Data { cost(frame.payload.len()) } else { 0 };
                 let good = incoming.received.accept(frame.sequence)
@@ -561,10 +563,8 @@ fn check_version(about: &About) -> Result<()> {
 }
 
 fn other_version(version: u16) -> Error {
-    Error::refused(format!(
-        "the guest's agent speaks protocol version {version}; this host speaks version {VERSION}"
-    ))
-    .with_hint("build the image anew, so that it gets the agent of this version")
+    Error::refused(format!("the guest's agent speaks protocol version {version}; this host speaks version {VERSION}"))
+        .with_hint("build the image anew, so that it gets the agent of this version")
 }
 
 /// Text of a guest, without what could drive a terminal.

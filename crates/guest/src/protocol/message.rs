@@ -27,25 +27,53 @@ pub struct Hello {
 pub enum Request {
     Exec(Exec),
     /// Sends a signal to an exec's process group.
-    Signal { stream: u32, signal: i32 },
-    Resize { stream: u32, size: TerminalSize },
+    Signal {
+        stream: u32,
+        signal: i32,
+    },
+    Resize {
+        stream: u32,
+        size: TerminalSize,
+    },
     /// The host wants no more of this stream: the exec is killed, the put undone, the get ended.
-    Close { stream: u32 },
-    Put { stream: u32, path: Vec<u8>, mode: u32, size: u64 },
-    Get { stream: u32, path: Vec<u8> },
+    Close {
+        stream: u32,
+    },
+    Put {
+        stream: u32,
+        path: Vec<u8>,
+        mode: u32,
+        size: u64,
+    },
+    Get {
+        stream: u32,
+        path: Vec<u8>,
+    },
     /// Entries of a directory in byte order of their names, from the first one after `after`.
-    List { path: Vec<u8>, after: Vec<u8> },
+    List {
+        path: Vec<u8>,
+        after: Vec<u8>,
+    },
     /// Makes a directory and those above it; one that is there already is success.
-    MakeDirectory { path: Vec<u8>, mode: u32 },
+    MakeDirectory {
+        path: Vec<u8>,
+        mode: u32,
+    },
     /// Sets the clock; nanoseconds since 1970.
-    Clock { time_ns: u64 },
+    Clock {
+        time_ns: u64,
+    },
     Figures,
     /// Stops every process but the agent and the image's init, until Thaw.
     Freeze,
     Thaw,
-    Stop { how: StopHow },
+    Stop {
+        how: StopHow,
+    },
     /// Sets the host name.
-    Identity { host_name: String },
+    Identity {
+        host_name: String,
+    },
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,18 +108,39 @@ pub enum StopHow {
 pub enum GuestMessage {
     /// The agent has started, or met its channel anew.
     Ready(About),
-    Welcome { session: [u8; 16], about: About },
+    Welcome {
+        session: [u8; 16],
+        about: About,
+    },
     /// The agent does not speak the host's version; it speaks this one.
-    Refused { version: u16, reason: String },
-    Reply { id: u32, result: Result<Answer, Failure> },
+    Refused {
+        version: u16,
+        reason: String,
+    },
+    Reply {
+        id: u32,
+        result: Result<Answer, Failure>,
+    },
     /// The last word of an exec.
-    Exited { stream: u32, status: ExitStatus, cpu_us: u64 },
+    Exited {
+        stream: u32,
+        status: ExitStatus,
+        cpu_us: u64,
+    },
     /// The last word of a stream that broke, and why.
-    StreamFailed { stream: u32, reason: String },
+    StreamFailed {
+        stream: u32,
+        reason: String,
+    },
     /// A stage of the guest's start failed; the agent answers from its initramfs.
-    BootFailed { stage: String, reason: String },
+    BootFailed {
+        stage: String,
+        reason: String,
+    },
     /// Bytes that the agent has skipped so far.
-    Noise { skipped: u64 },
+    Noise {
+        skipped: u64,
+    },
 }
 
 /// An agent's account of itself and its guest.

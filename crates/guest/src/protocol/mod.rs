@@ -63,10 +63,10 @@ mod message;
 mod tests;
 
 pub use frame::{
-    BEST_PAYLOAD, CREDIT_BATCH, ControlFault, Decoder, FLUSH_BYTES, Frame, HEADER_BYTES, Header, Kind, LEAST_COST, MAGIC,
-    MOST_PAYLOAD, Received, Sequence, VERSION, WINDOW, cost, decode_control, encode_control, encode_frame,
+    BEST_PAYLOAD, CREDIT_BATCH, ControlFault, Decoder, FLUSH_BYTES, Frame, HEADER_BYTES, Header, Kind, LEAST_COST,
+    MAGIC, MOST_PAYLOAD, Received, Sequence, VERSION, WINDOW, cost, decode_control, encode_control, encode_frame,
 };
 pub use message::{
-    About, Answer, Exec, ExitStatus, Failure, FailureKind, FileEntry, FileKind, Figures, GuestMessage, Hello,
+    About, Answer, Exec, ExitStatus, Failure, FailureKind, Figures, FileEntry, FileKind, GuestMessage, Hello,
     HostMessage, Request, StopHow, TerminalSize,
 };

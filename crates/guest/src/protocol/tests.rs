@@ -67,7 +67,10 @@ fn host_messages() -> Vec<(&'static str, HostMessage)> {
     let ask = |request| HostMessage::Request { id: 7, request };
     let path = || b"/a".to_vec();
     vec![
-        ("000109090909090909090909090909090909ac0202766d", HostMessage::Hello(Hello { version: 1, session: [9; 16], host_time_ns: 300, vm_name: "vm".into() })),
+        (
+            "000109090909090909090909090909090909ac0202766d",
+            HostMessage::Hello(Hello { version: 1, session: [9; 16], host_time_ns: 300, vm_name: "vm".into() }),
+        ),
         ("0107000402026c7301ff010141016201012f000118ac0201e807", ask(Request::Exec(exec))),
         ("010701041e", ask(Request::Signal { stream: 4, signal: 15 })),
         ("0107020418ac02", ask(Request::Resize { stream: 4, size })),
@@ -101,18 +104,23 @@ fn guest_messages() -> Vec<(&'static str, GuestMessage)> {
     let reply = |result| GuestMessage::Reply { id: 7, result };
     let entry = |kind| FileEntry { name: b"f".to_vec(), kind, mode: 0o644, size: 9, modified_s: -1 };
     let kinds = [FileKind::File, FileKind::Directory, FileKind::Link, FileKind::Other];
-    let figures =
-        Figures { uptime_ms: 1, load_hundredths: 2, memory_total: 3, memory_available: 4, processes: 5 };
+    let figures = Figures { uptime_ms: 1, load_hundredths: 2, memory_total: 3, memory_available: 4, processes: 5 };
     let fail = |kind| reply(Err(Failure { kind, message: "m".into() }));
     let exited = |status| GuestMessage::Exited { stream: 4, status, cpu_us: 1000 };
     vec![
         ("0005302e312e3001016203362e31016801d00f03010177", GuestMessage::Ready(about())),
-        ("010909090909090909090909090909090905302e312e3001016203362e31016801d00f03010177", GuestMessage::Welcome { session: [9; 16], about: about() }),
+        (
+            "010909090909090909090909090909090905302e312e3001016203362e31016801d00f03010177",
+            GuestMessage::Welcome { session: [9; 16], about: about() },
+        ),
         ("02010172", GuestMessage::Refused { version: 1, reason: "r".into() }),
         ("03070000", reply(Ok(Answer::Done))),
         ("03070001c801", reply(Ok(Answer::Started { pid: 200 }))),
         ("03070002a40309", reply(Ok(Answer::File { mode: 0o644, size: 9 }))),
-        ("0307000304016600a4030901016601a4030901016602a4030901016603a403090101", reply(Ok(Answer::Entries { entries: kinds.into_iter().map(entry).collect(), more: true }))),
+        (
+            "0307000304016600a4030901016601a4030901016602a4030901016603a403090101",
+            reply(Ok(Answer::Entries { entries: kinds.into_iter().map(entry).collect(), more: true })),
+        ),
         ("030700040102030405", reply(Ok(Answer::Figures(figures)))),
         ("03070100016d", fail(FailureKind::Invalid)),
         ("03070101016d", fail(FailureKind::NotFound)),
@@ -186,7 +194,12 @@ fn zeros_complete_any_half_frame_and_are_no_noise() {
     let half = Owned { kind: Kind::Data, sequence: 0, stream: 4, payload: vec![1; MOST_PAYLOAD] };
     let next = Owned { kind: Kind::DataEnd, sequence: 0, stream: 0, payload: Vec::new() };
     for cut in [1, 4, 19, 20, 21, 70, 65_555] {
-        let bytes = [&encoded(std::slice::from_ref(&half))[..cut], &[0; FLUSH_BYTES], &encoded(std::slice::from_ref(&next))[..]].concat();
+        let bytes = [
+            &encoded(std::slice::from_ref(&half))[..cut],
+            &[0; FLUSH_BYTES],
+            &encoded(std::slice::from_ref(&next))[..],
+        ]
+        .concat();
         let (found, decoder) = decode_in_pieces(&bytes, &[4096]);
         assert_eq!(found.last(), Some(&next), "cut at {cut}");
         assert!(decoder.skipped() < 20);

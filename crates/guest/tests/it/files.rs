@@ -26,10 +26,10 @@ async fn put_get_and_list_with_modes() {
 
     let entries = soon(client.list(directory.as_os_str().as_bytes())).await.unwrap();
     let told: Vec<_> = entries.iter().map(|entry| (&entry.name[..], entry.kind, entry.mode, entry.size)).collect();
-    assert_eq!(told, [
-        (&b"empty"[..], FileKind::File, 0o600, 0),
-        (&b"odd\xff"[..], FileKind::File, 0o4711, content.len() as u64)
-    ]);
+    assert_eq!(
+        told,
+        [(&b"empty"[..], FileKind::File, 0o600, 0), (&b"odd\xff"[..], FileKind::File, 0o4711, content.len() as u64)]
+    );
 }
 
 #[tokio::test]

@@ -13,6 +13,9 @@ use burgeon_image::{BuildRequest, DataPaths, Tools, build};
 use crate::runner;
 
 fn images() -> PathBuf {
+    if let Some(directory) = env::var_os("BURGEON_TEST_IMAGES") {
+        return directory.into();
+    }
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../images")
 }
 
@@ -41,16 +44,16 @@ pub(crate) fn request(recipe: &Path, data: &Path) -> BuildRequest {
 /// Builds and prints when each phase ended.
 fn timed(request: &BuildRequest) -> Image {
     let start = Instant::now();
-    let last = Mutex::new(String::new());
+    let last = Mutex::new((String::new(), 0.0));
     let progress = |progress: Progress| {
         let seconds = start.elapsed().as_secs_f32();
         match progress {
             Progress::Step { phase, done, total, .. } => {
                 let mut last = last.lock().unwrap();
-                if *last != phase || done == total {
+                if last.0 != phase || done == total || seconds - last.1 > 0.7 {
                     println!("{seconds:7.2} {phase} {done}/{total}");
-                    *last = phase;
                 }
+                *last = (phase, seconds);
             }
             other => println!("{seconds:7.2} {other:?}"),
         }

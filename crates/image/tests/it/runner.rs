@@ -19,12 +19,20 @@ $b mount -t proc proc /proc
 $b mount -t sysfs sysfs /sys
 $b mount -t devtmpfs devtmpfs /dev
 while read -r module; do $b insmod "/burgeon/$module"; done </burgeon/modules
-while ! [ -c /dev/vport0p3 ]; do $b sleep 0.05; done
+port() {
+  while :; do
+    for name in /sys/class/virtio-ports/*/name; do
+      [ -e "$name" ] && [ "$($b cat "$name")" = "$1" ] && name=${name%/name} && echo "/dev/${name##*/}" && return
+    done
+    $b sleep 0.05
+  done
+}
+out=$(port stdout) err=$(port stderr) code=$(port code)
 $b cat >/script <<'END OF THE SCRIPT'
 @SCRIPT@
 END OF THE SCRIPT
-$b sh -c "$($b cat /script)" >/dev/vport0p1 2>/dev/vport0p2 </dev/null
-echo "$?" >/dev/vport0p3
+$b sh -c "$($b cat /script)" >$out 2>$err </dev/null
+echo "$?" >$code
 $b poweroff -f
 "#;
 
@@ -60,7 +68,7 @@ impl GuestRunner for Qemu {
         command.args(["-serial", &format!("file:{}", at("console").display()), "-device", "virtio-serial-pci"]);
         for name in ["stdout", "stderr", "code"] {
             command.args(["-chardev", &format!("file,id={name},path={}", at(name).display())]);
-            command.args(["-device", &format!("virtserialport,chardev={name}")]);
+            command.args(["-device", &format!("virtserialport,chardev={name},name={name}")]);
         }
         let mut child = command.stdin(Stdio::null()).spawn().unwrap();
         let start = Instant::now();

@@ -3,6 +3,8 @@
 //! A turn: poll; take ended children; read and handle what the host sent; feed inputs; write what is to be
 //! told, control first and then one frame of each stream in turn. Nothing in it waits, except for disks.
 
+mod requests;
+
 use std::{
     collections::BTreeMap,
     io,
@@ -12,15 +14,14 @@ use std::{
 
 use burgeon_guest::protocol::{
     Answer, Decoder, Failure, FailureKind, Frame, GuestMessage, Header, Hello, HostMessage, Kind, LEAST_COST, Received,
-    Request, Sequence, StopHow, VERSION, cost, decode_control,
+    Sequence, StopHow, VERSION, cost, decode_control,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::{
     channel::{Channel, Input},
     exec::{Exec, Source},
-    files::{self, Get, Put},
-    freeze,
+    files::{Get, Put},
     spawn::{self, failure},
     sys, system,
 };
@@ -30,10 +31,7 @@ const READS: usize = 64;
 /// Writes of the channel in one turn.
 const WRITES: usize = 16;
 const REDIAL: Duration = Duration::from_millis(20);
-/// How long processes may take to end when the agent is process 1 and the guest stops.
-const GRACE: Duration = Duration::from_secs(2);
 const NOISE_PAUSE: Duration = Duration::from_secs(1);
-const MOST_STREAMS: usize = 1024;
 
 /// What the agent was started for.
 #[derive(Default)]
@@ -70,6 +68,7 @@ struct Agent {
     frozen: bool,
     stopping: Option<(StopHow, Instant)>,
     noise_told: (u64, Instant),
+    begun: Instant,
 }
 
 /// Serves the channel for ever.
@@ -90,6 +89,7 @@ pub(crate) fn run(channel: Channel, setup: Setup) -> io::Error {
         frozen: false,
         stopping: None,
         noise_told: (0, Instant::now()),
+        begun: Instant::now(),
     };
     let mut decoder = Decoder::new();
     agent.announce();
@@ -144,11 +144,14 @@ impl Agent {
 
     /// Polls everything that matters now, for as long as no timer is due.
     fn wait(&mut self) -> io::Result<Vec<Token>> {
-        let now = Instant::now();
+        // Emulated guests may have a slow clock: it is not read when no timer runs.
+        let timers = self.channel.is_lost() || self.stopping.is_some() || self.execs.values().any(Exec::has_timer);
+        let now = if timers { Instant::now() } else { self.begun };
         let blocked = self.channel.is_blocked();
         let mut until: Option<Instant> = None;
         let mut at = |moment: Instant| until = Some(until.map_or(moment, |until: Instant| until.min(moment)));
-        let mut at_once = !blocked && (self.channel.has_control() || self.gets.values().any(|get| may_send(&get.source)));
+        let mut at_once =
+            !blocked && (self.channel.has_control() || self.gets.values().any(|get| may_send(&get.source)));
         if self.channel.is_lost() {
             at(now + REDIAL);
         }
@@ -271,9 +274,10 @@ impl Agent {
     fn window(&mut self, frame: Frame<'_>) {
         let Some(amount) = frame.payload.first_chunk().map(|bytes| u32::from_le_bytes(*bytes)) else { return };
         let mut lost = None;
-        let exec_sources = self.execs.iter_mut().flat_map(|(stream, exec)| {
-            exec.sources.iter_mut().flatten().map(move |source| (*stream, source))
-        });
+        let exec_sources = self
+            .execs
+            .iter_mut()
+            .flat_map(|(stream, exec)| exec.sources.iter_mut().flatten().map(move |source| (*stream, source)));
         let get_sources = self.gets.iter_mut().map(|(stream, get)| (*stream, &mut get.source));
         for (owner, source) in exec_sources.chain(get_sources).filter(|(_, source)| source.stream == frame.stream) {
             if source.received.accept(frame.sequence) {
@@ -377,104 +381,6 @@ impl Agent {
         self.channel.say(&GuestMessage::Reply { id, result });
     }
 
-    /// Does what is asked; `None` when the reply comes later.
-    fn request(&mut self, id: u32, request: Request) -> Option<Result<Answer, Failure>> {
-        let missing = || failure(FailureKind::NotFound, "no such command is running");
-        Some(match request {
-            Request::Exec(request) => return self.exec(id, request),
-            Request::Signal { stream, signal } => match self.execs.get(&stream) {
-                Some(exec) => exec
-                    .signal(signal)
-                    .map(|()| Answer::Done)
-                    .map_err(|error| spawn::io_failure("cannot send the signal", &error)),
-                None => Err(missing()),
-            },
-            Request::Resize { stream, size } => match self.execs.get(&stream).and_then(|exec| exec.terminal.as_ref()) {
-                Some(terminal) => spawn::resize(terminal, size)
-                    .map(|()| Answer::Done)
-                    .map_err(|error| spawn::io_failure("cannot resize the terminal", &error)),
-                None => Err(missing()),
-            },
-            Request::Close { stream } => {
-                if let Some(exec) = self.execs.remove(&stream) {
-                    exec.kill();
-                }
-                self.puts.remove(&stream);
-                self.gets.remove(&stream);
-                Ok(Answer::Done)
-            }
-            Request::Put { stream, path, mode, size } => match self.admit(stream, 1) {
-                Ok(()) => match Put::new(id, &path, mode, size, system::nonce()) {
-                    Ok(put) => {
-                        self.puts.insert(stream, put);
-                        return None;
-                    }
-                    Err(error) => Err(error),
-                },
-                Err(error) => Err(error),
-            },
-            Request::Get { stream, path } => self.admit(stream, 1).and_then(|()| {
-                let (get, answer) = Get::new(stream, &path)?;
-                self.gets.insert(stream, get);
-                Ok(answer)
-            }),
-            Request::List { path, after } => files::list(&path, &after),
-            Request::MakeDirectory { path, mode } => files::make_directory(&path, mode),
-            Request::Figures => Ok(system::figures()),
-            _ if !self.setup.manages_system => {
-                Err(failure(FailureKind::Unsupported, "this agent does not manage its machine"))
-            }
-            Request::Clock { time_ns } => system::set_clock(time_ns),
-            Request::Freeze => {
-                let result = freeze::freeze();
-                self.frozen |= result.is_ok();
-                result.map(|()| Answer::Done)
-            }
-            Request::Thaw => {
-                self.frozen = false;
-                freeze::thaw().map(|()| Answer::Done)
-            }
-            Request::Stop { how } => self.stop(how),
-            Request::Identity { host_name } => system::set_host_name(&host_name),
-        })
-    }
-
-    /// Whether streams from `stream` on may be used anew.
-    fn admit(&self, stream: u32, count: u32) -> Result<(), Failure> {
-        let in_use = self.execs.len() + self.puts.len() + self.gets.len();
-        if in_use >= MOST_STREAMS {
-            return Err(failure(FailureKind::Limit, format!("{MOST_STREAMS} commands and files are under way")));
-        }
-        let last = stream.checked_add(count - 1).filter(|_| stream > 0);
-        let taken = |last: u32| {
-            let first = stream.saturating_sub(2);
-            self.execs.range(first..=last).next().is_some()
-                || self.puts.range(stream..=last).next().is_some()
-                || self.gets.range(stream..=last).next().is_some()
-        };
-        match last {
-            Some(last) if !taken(last) => Ok(()),
-            _ => Err(failure(FailureKind::Invalid, format!("stream {stream} is in use, or no stream number"))),
-        }
-    }
-
-    fn exec(&mut self, id: u32, request: burgeon_guest::protocol::Exec) -> Option<Result<Answer, Failure>> {
-        if let Err(error) = self.admit(request.stream, 3) {
-            return Some(Err(error));
-        }
-        if self.frozen {
-            return Some(Err(failure(FailureKind::Unsupported, "the workload is frozen")));
-        }
-        let cgroup = self.setup.manages_system.then_some(freeze::COMMANDS);
-        match spawn::spawn(&request, cgroup) {
-            Ok(spawned) => {
-                self.execs.insert(request.stream, Exec::new(id, request, spawned, Instant::now()));
-                None
-            }
-            Err(error) => Some(Err(error)),
-        }
-    }
-
     fn end_put(&mut self, stream: u32, result: Result<Answer, Failure>) {
         if let Some(put) = self.puts.remove(&stream) {
             self.reply(put.id, result);
@@ -512,6 +418,9 @@ impl Agent {
 
     /// Time limits, and the end of waiting for output after an exit.
     fn keep_time(&mut self) {
+        if !self.execs.values().any(Exec::has_timer) {
+            return;
+        }
         let now = Instant::now();
         let blocked = self.channel.is_blocked();
         for exec in self.execs.values_mut() {
@@ -546,9 +455,11 @@ impl Agent {
 
     /// Adds one frame of the stream whose turn it is. `false` when there is none, or no room.
     fn load_data(&mut self) -> bool {
-        let exec_streams = self.execs.values().filter(|exec| exec.start.is_none()).flat_map(|exec| {
-            exec.sources.iter().flatten().map(|source| (source, exec.request.stream))
-        });
+        let exec_streams = self
+            .execs
+            .values()
+            .filter(|exec| exec.start.is_none())
+            .flat_map(|exec| exec.sources.iter().flatten().map(|source| (source, exec.request.stream)));
         let get_streams = self.gets.iter().map(|(stream, get)| (&get.source, *stream));
         let next = exec_streams
             .chain(get_streams)
@@ -577,7 +488,7 @@ impl Agent {
                 let length = u32::try_from(count).unwrap_or(0);
                 let sequence = source.sequence.take();
                 self.channel.commit(Header { kind: Kind::Data, sequence, stream, length });
-                if let Some(exec) = exec {
+                if let Some(exec) = exec.filter(|exec| exec.exited.is_some()) {
                     exec.quiet_since = Instant::now();
                 }
             }
@@ -617,29 +528,6 @@ impl Agent {
         if skipped != told && (told == 0 || when.elapsed() > NOISE_PAUSE) {
             self.noise_told = (skipped, Instant::now());
             self.channel.say(&GuestMessage::Noise { skipped });
-        }
-    }
-
-    fn stop(&mut self, how: StopHow) -> Result<Answer, Failure> {
-        if self.frozen {
-            self.frozen = false;
-            freeze::thaw()?;
-        }
-        if !system::is_init() {
-            return system::ask_init(how).map(|()| Answer::Done);
-        }
-        let _none_left = sys::kill(-1, libc::SIGTERM);
-        self.stopping = Some((how, Instant::now() + GRACE));
-        Ok(Answer::Done)
-    }
-
-    fn go_on_stopping(&mut self) {
-        if let Some((how, deadline)) = self.stopping {
-            let alone = sys::wait_any().is_err();
-            if alone || deadline <= Instant::now() {
-                self.channel.flush();
-                system::finish(how);
-            }
         }
     }
 }

@@ -13,7 +13,8 @@
 //! | `burgeon.init=/sbin/init` | process 1 becomes this program of the image; absent: the agent stays process 1 |
 //! | `burgeon.name=NAME` | host name |
 //!
-//! A root that cannot be had is told on the console and as `BootFailed`, and the agent serves the initramfs.
+//! A root that cannot be had is told on the console and as `BootFailed`, and the agent serves the initramfs; for an
+//! init that cannot be run, the same, and the agent serves the image as process 1.
 
 use std::{
     ffi::CString,
@@ -112,10 +113,15 @@ pub(crate) fn run() {
         }
     }
     if let Some(init) = init {
-        match start_beside(&port, &setup.warnings) {
-            Ok(true) => setup.boot_failure = Some(become_init(init)),
+        // Looked at before, because afterwards process 1 has no channel to tell it on.
+        let runnable = rustix::fs::access(init, rustix::fs::Access::EXEC_OK);
+        match runnable.map_err(io::Error::from).and_then(|()| start_beside(&port, &setup.warnings)) {
+            Ok(true) => become_init(init),
             Ok(false) => {}
-            Err(error) => warn(&mut setup.warnings, format!("cannot start {init}: {error}")),
+            Err(error) => {
+                console(&format!("cannot start {init}: {error}; the agent stays process 1"));
+                setup.boot_failure = Some(("init".to_string(), format!("{init}: {error}")));
+            }
         }
     }
     match Channel::port(port) {
@@ -318,9 +324,9 @@ pub(crate) fn serve_inherited(port: &[u8], started: &[u8]) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// Makes process 1 the image's init. Returns only the failure; the agent's child then already serves, so
-/// process 1 stays and reaps.
-fn become_init(init: &str) -> (String, String) {
+/// Makes process 1 the image's init. Should that fail, the agent's child already serves, so process 1 stays and
+/// reaps.
+fn become_init(init: &str) -> ! {
     sys::default_signals();
     let word = |text: &str| CString::new(text).unwrap_or_default();
     if let Ok(console) = fs::OpenOptions::new().read(true).write(true).open("/dev/console") {
@@ -339,7 +345,6 @@ fn become_init(init: &str) -> (String, String) {
         std::thread::sleep(Duration::from_millis(100));
     }
 }
-
 
 #[cfg(test)]
 mod tests {

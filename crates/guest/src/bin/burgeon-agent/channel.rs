@@ -128,7 +128,8 @@ impl Channel {
     /// Poll reported something: what was blocked or absent may be tried again.
     pub(crate) fn woken(&mut self) {
         if let (true, Link::Port { edge, .. }) = (self.absent, &self.link) {
-            let mut events = [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 1];
+            let mut events =
+                [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 1];
             let none = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
             let _nothing_to_learn = epoll::wait(edge, &mut events, Some(&none));
         }

@@ -127,9 +127,8 @@ impl Exec {
     /// Sends a signal to all of the command's process group.
     pub(crate) fn signal(&self, signal: i32) -> std::io::Result<()> {
         // Before setsid in the child there is no group; then the child alone is meant.
-        sys::kill(-self.pid, signal).or_else(|error| {
-            if self.exited.is_none() { sys::kill(self.pid, signal) } else { Err(error) }
-        })
+        sys::kill(-self.pid, signal)
+            .or_else(|error| if self.exited.is_none() { sys::kill(self.pid, signal) } else { Err(error) })
     }
 
     pub(crate) fn kill(&self) {
@@ -223,6 +222,11 @@ impl Exec {
             self.sink = None;
         }
         self.returns.consumed(self.request.stream, freed)
+    }
+
+    /// Whether time matters to it.
+    pub(crate) fn has_timer(&self) -> bool {
+        self.deadline.is_some() || self.exited.is_some()
     }
 
     /// Whether all output has been sent, so that the end can be told.

@@ -2,6 +2,7 @@
 
 use std::{
     fs, io,
+    os::fd::OwnedFd,
     path::Path,
     time::{Duration, Instant},
 };
@@ -34,6 +35,17 @@ pub(crate) fn join(cgroup: &str) -> io::Result<()> {
             fs::write(&procs, "0")
         }
         other => other,
+    }
+}
+
+/// A cgroup's directory, which is made when it is not there.
+pub(crate) fn directory(cgroup: &str) -> io::Result<OwnedFd> {
+    match fs::File::open(cgroup) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            fs::create_dir(cgroup)?;
+            Ok(fs::File::open(cgroup)?.into())
+        }
+        other => Ok(other?.into()),
     }
 }
 

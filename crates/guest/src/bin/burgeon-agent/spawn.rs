@@ -19,6 +19,7 @@ use rustix::{
 };
 
 use crate::{
+    freeze,
     sys::{self, Fork},
     users::{self, User},
 };
@@ -48,7 +49,6 @@ struct Plan {
     change_user: bool,
     stdio: [OwnedFd; 3],
     terminal: bool,
-    cgroup: Option<&'static str>,
 }
 
 #[derive(Clone, Copy)]
@@ -78,7 +78,7 @@ pub(crate) fn io_failure(action: &str, error: &io::Error) -> Failure {
 }
 
 /// Forks the command of `request`.
-pub(crate) fn spawn(request: &Exec, cgroup: Option<&'static str>) -> Result<Spawned, Failure> {
+pub(crate) fn spawn(request: &Exec, cgroup: Option<&str>) -> Result<Spawned, Failure> {
     let system = |error: rustix::io::Errno| io_failure("cannot make pipes", &error.into());
     let pipe = || -> Result<(OwnedFd, OwnedFd), Failure> { pipe_with(PipeFlags::CLOEXEC).map_err(system) };
     let (start, start_child) = pipe()?;
@@ -104,8 +104,8 @@ pub(crate) fn spawn(request: &Exec, cgroup: Option<&'static str>) -> Result<Spaw
         (input, output, Some(errors), [input_child, output_child, errors_child])
     };
 
-    let plan = plan(request, stdio, cgroup)?;
-    match sys::fork().map_err(|error| io_failure("cannot fork", &error))? {
+    let plan = plan(request, stdio)?;
+    match fork(cgroup).map_err(|error| io_failure("cannot fork", &error))? {
         Fork::Parent(pid) => Ok(Spawned { pid, start: start.into(), input, output, errors }),
         Fork::Child => {
             let (stage, error) = become_program(&plan);
@@ -114,6 +114,15 @@ pub(crate) fn spawn(request: &Exec, cgroup: Option<&'static str>) -> Result<Spaw
             let _lost_with_the_parent = File::from(start_child).write_all(&message);
             sys::exit_now(127)
         }
+    }
+}
+
+/// Forks into the cgroup, or, where the kernel does not offer that, without it: the command then runs all the same.
+fn fork(cgroup: Option<&str>) -> io::Result<Fork> {
+    let into = cgroup.and_then(|cgroup| freeze::directory(cgroup).ok()).map(|directory| sys::fork_into(&directory));
+    match into {
+        Some(Ok(fork)) => Ok(fork),
+        Some(Err(_)) | None => sys::fork(),
     }
 }
 
@@ -136,7 +145,7 @@ fn text(bytes: &[u8], what: &str) -> Result<CString, Failure> {
     CString::new(bytes).map_err(|_| failure(FailureKind::Invalid, format!("{what} holds a NUL byte")))
 }
 
-fn plan(request: &Exec, stdio: [OwnedFd; 3], cgroup: Option<&'static str>) -> Result<Plan, Failure> {
+fn plan(request: &Exec, stdio: [OwnedFd; 3]) -> Result<Plan, Failure> {
     let user = users::find(request.user.as_deref())?;
     let own = rustix::process::geteuid().as_raw();
 
@@ -191,20 +200,16 @@ fn plan(request: &Exec, stdio: [OwnedFd; 3], cgroup: Option<&'static str>) -> Re
         user,
         stdio,
         terminal: request.terminal.is_some(),
-        cgroup,
     })
 }
 
 /// The child's way. Returns only what stopped it.
 fn become_program(plan: &Plan) -> (Stage, io::Error) {
     sys::default_signals();
-    if let Some(cgroup) = plan.cgroup {
-        // Without the cgroup the command runs all the same; it is only not frozen with the others.
-        let _joined = crate::freeze::join(cgroup);
-    }
     if let Err(error) = attach_stdio(plan) {
         return (Stage::Terminal, error);
     }
+    sys::close_strangers();
     if plan.change_user
         && let Err(error) = change_user(&plan.user)
     {
@@ -262,7 +267,8 @@ pub(crate) fn outcome(start: &mut File, request: &Exec) -> Option<Result<(), Fai
     match start.read(&mut message) {
         Ok(0) => Some(Ok(())),
         Ok(5) => {
-            let error = io::Error::from_raw_os_error(i32::from_le_bytes([message[1], message[2], message[3], message[4]]));
+            let error =
+                io::Error::from_raw_os_error(i32::from_le_bytes([message[1], message[2], message[3], message[4]]));
             let show = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
             let what = match message[0] {
                 1 => "cannot set up the command's streams".to_string(),

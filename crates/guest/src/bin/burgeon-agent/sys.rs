@@ -23,6 +23,27 @@ pub(crate) fn fork() -> io::Result<Fork> {
     }
 }
 
+/// Splits the process in two, and puts the child into a cgroup from its beginning. Moving it there afterwards would
+/// wait for a grace period of the whole kernel, several milliseconds.
+pub(crate) fn fork_into(cgroup: &OwnedFd) -> io::Result<Fork> {
+    // SAFETY: clone_args is plain numbers, for which zeros are valid.
+    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
+    arguments.flags = CLONE_INTO_CGROUP;
+    arguments.exit_signal = libc::SIGCHLD.unsigned_abs().into();
+    arguments.cgroup = cgroup.as_raw_fd().unsigned_abs().into();
+    // SAFETY: without a stack and without CLONE_VM this is fork(2): the child goes on here on a copy of all memory. The
+    // C library is not told, which matters to its thread functions only, and the agent has one thread.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<libc::clone_args>()) };
+    match i32::try_from(pid) {
+        Ok(0) => Ok(Fork::Child),
+        Ok(pid) if pid > 0 => Ok(Fork::Parent(pid)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// From linux/sched.h; wider than the C library's type for flags.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
 /// Ends the process at once, without running what the parent meant to run at its own end.
 pub(crate) fn exit_now(code: i32) -> ! {
     // SAFETY: _exit has no preconditions and does not return.
@@ -63,11 +84,8 @@ pub(crate) fn wait_any() -> io::Result<Option<Ended>> {
             let time = |of: libc::timeval| {
                 u64::try_from(of.tv_sec).unwrap_or(0) * 1_000_000 + u64::try_from(of.tv_usec).unwrap_or(0)
             };
-            let status = if libc::WIFSIGNALED(status) {
-                Err(libc::WTERMSIG(status))
-            } else {
-                Ok(libc::WEXITSTATUS(status))
-            };
+            let status =
+                if libc::WIFSIGNALED(status) { Err(libc::WTERMSIG(status)) } else { Ok(libc::WEXITSTATUS(status)) };
             Ok(Some(Ended { pid, status, cpu_us: time(usage.ru_utime) + time(usage.ru_stime) }))
         }
     }
@@ -113,6 +131,13 @@ pub(crate) fn default_signals() {
 pub(crate) fn duplicate_onto(from: &OwnedFd, to: RawFd) -> io::Result<()> {
     // SAFETY: used in a forked child for 0, 1 and 2 only, which no Rust value owns.
     if unsafe { libc::dup2(from.as_raw_fd(), to) } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Has every descriptor but 0, 1 and 2 closed when the next program starts: the agent's own are marked so anyway, those
+/// that whoever started it left open are not.
+pub(crate) fn close_strangers() {
+    // SAFETY: this only sets flags, and closes nothing that Rust owns before exec.
+    unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
 }
 
 /// Takes over a descriptor that this process was given by number.

@@ -43,7 +43,10 @@ pub(crate) fn find(wanted: Option<&[u8]>) -> Result<User, Failure> {
         (None, None) if wanted == Some(b"root") => return find(Some(b"0")),
         (None, None) => {
             let name = String::from_utf8_lossy(wanted.unwrap_or_default());
-            return Err(Failure { kind: FailureKind::Invalid, message: format!("user \"{name}\" is not in /etc/passwd") });
+            return Err(Failure {
+                kind: FailureKind::Invalid,
+                message: format!("user \"{name}\" is not in /etc/passwd"),
+            });
         }
     };
     user.groups = group.split(|byte| *byte == b'\n').filter_map(|line| member(line, &user.name)).collect();
