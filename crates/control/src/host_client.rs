@@ -116,7 +116,10 @@ impl HostClient {
         let request = FileRequest::Put { path, mode, size: content.len() as u64 };
         timeout(SLOW, async {
             let mut stream = self.connect_put(vm, request).await?;
-            stream.write_all(content).await.map_err(|error| Error::io("send a file", &error))?;
+            if let Err(error) = stream.write_all(content).await {
+                // The host has refused; its reason is in the reply.
+                tracing::debug!(%error, "a file was not taken whole");
+            }
             finish_put(&mut stream).await
         })
         .await

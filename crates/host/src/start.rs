@@ -224,6 +224,12 @@ impl Drop for KillUnlessUp {
     fn drop(&mut self) {
         if self.armed {
             self.process.kill();
+            let process = self.process.clone();
+            // Taken off the process table once it has died.
+            tokio::spawn(async move {
+                process.ended().await;
+                drop(process.reap());
+            });
         }
     }
 }

@@ -27,7 +27,7 @@ use tokio::{
     net::UnixStream,
     sync::{broadcast, mpsc, oneshot, watch},
     task::JoinHandle,
-    time::{Instant, sleep_until},
+    time::{Instant, sleep, sleep_until},
 };
 
 use crate::{
@@ -39,6 +39,9 @@ use crate::{
 
 /// How long before a VM that could not be reattached is tried again.
 const REATTACH: Duration = Duration::from_secs(5);
+
+/// How often a killed process that was never up is looked for.
+const DYING: Duration = Duration::from_millis(10);
 
 pub(crate) enum Command {
     Stop {
@@ -208,6 +211,8 @@ enum Met {
     Monitor(Option<Event>),
     StopOverdue,
     Retry,
+    /// A process that is being removed and was never up is looked after.
+    LookAgain,
 }
 
 impl Owner {
@@ -226,6 +231,7 @@ impl Owner {
                     Met::Monitor(match event { Ok(event) => Some(event), Err(broadcast::error::RecvError::Lagged(_)) => continue, Err(broadcast::error::RecvError::Closed) => None }),
                 () = sleep_until(stop_at.unwrap_or(far)), if stop_at.is_some() => Met::StopOverdue,
                 () = sleep_until(self.retry_at.unwrap_or(far)), if self.retry_at.is_some() => Met::Retry,
+                () = sleep(DYING), if self.removing.is_some() && process.is_none() => Met::LookAgain,
             };
             match met {
                 Met::Command(Some(command)) => self.obey(command).await,
@@ -246,6 +252,7 @@ impl Owner {
                     self.stopping = self.stopping.take().map(|(_, waiting)| (far, waiting));
                 }
                 Met::Retry => self.try_again(),
+                Met::LookAgain => {}
             }
             if self.removing.is_some() && self.up.is_none() && self.starting.is_none() && self.held().is_none() {
                 self.remove();

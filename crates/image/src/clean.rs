@@ -73,7 +73,8 @@ pub(crate) fn normalise(tree: &mut Tree, epoch: u64) -> Result<()> {
         tree.put_file(b"etc/machine-id", Meta::root(0o444), &mut &b""[..])?;
     }
     for meta in tree.metas_mut() {
-        meta.mtime = meta.mtime.min(epoch);
+        // What the builder itself made has no time of its own.
+        meta.mtime = if meta.mtime == 0 { epoch } else { meta.mtime.min(epoch) };
     }
     Ok(())
 }

@@ -66,6 +66,14 @@ impl Chooser<'_> {
                 Err(error.with_hint("the archive has moved on; build without --locked to choose packages anew"))
             }
             Err(error) if error.kind == ErrorKind::NotFound => {
+                // Chosen anew before, and kept here because the recipe's directory cannot be written.
+                if let Ok(Some(second)) = Lock::read(&self.second_path())
+                    && second.inputs == lock.inputs
+                    && second != lock
+                    && let Ok(files) = self.fetch_once(&second)
+                {
+                    return Ok((second, files));
+                }
                 (self.progress)(Progress::Note(error.message));
                 let new = self.resolve(Some(&lock), &lock.inputs, "the archive no longer holds what the lock names")?;
                 let files = self.fetch_once(&new)?;

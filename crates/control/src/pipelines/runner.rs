@@ -9,6 +9,7 @@ use burgeon_api::{
     Error, PipelineId, Result, VmId,
     document::Document,
     exec::ExecSpec,
+    host::FileRequest,
     path_text,
     pipeline::{FileEntry, ItemHeader, Mode, PipelineView, ReportSpec, RunState},
     vm::{Intent, Observed},
@@ -540,6 +541,10 @@ impl VmStart {
             let path = self.directory.join(&file.from);
             let content =
                 tokio::fs::read(&path).await.map_err(|error| Error::io(format!("read {}", path.display()), &error))?;
+            if let Some((parent, _)) = file.to.rsplit_once('/').filter(|(parent, _)| !parent.is_empty()) {
+                let request = FileRequest::MakeDirectory { path: parent.as_bytes().to_vec(), mode: 0o755 };
+                self.state.host.file(id, request).await?;
+            }
             self.state
                 .host
                 .put(id, file.to.clone().into_bytes(), file.mode, &content)

@@ -1,5 +1,8 @@
 //! Tests that show an image being made and used. Packages come from the machine's apt once, then
 //! from `$BURGEON_TEST_CACHE` (by default a directory beside the build's output).
 
+mod disk;
+mod imports;
 mod recipes;
 mod runner;
+mod support;

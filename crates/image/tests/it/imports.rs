@@ -1,0 +1,91 @@
+//! Files made elsewhere become images, or are refused.
+
+use std::{fs, path::Path};
+
+use burgeon_api::{ErrorKind, Result, image::{Boot, Image}};
+use burgeon_image::{ImportRequest, import};
+
+use crate::support::{Nothing, built, copied, data, is_empty, output, tools};
+
+fn request(file: &Path, root: &Path) -> ImportRequest {
+    ImportRequest {
+        file: file.to_owned(),
+        name: "imported".into(),
+        description: String::new(),
+        kernel_of: None,
+        size: None,
+        data: data(root),
+        now_s: 5,
+    }
+}
+
+fn imported(request: &ImportRequest) -> Result<Image> {
+    import(request, &tools(), &|_| {}, &|| false)
+}
+
+#[test]
+fn disks_are_taken_by_their_contents() {
+    let root = tempfile::tempdir().unwrap();
+    let mut disk = vec![0u8; 3 << 20];
+    disk[510..512].copy_from_slice(b"\x55\xaa");
+    disk[2 << 20] = 7;
+    let raw = root.path().join("disk.qcow2");
+    fs::write(&raw, &disk).unwrap();
+    let image = imported(&request(&raw, root.path())).unwrap();
+    assert_eq!((image.boot, image.disk.unwrap().0, image.created_s), (Boot::Firmware, 3 << 20, 5));
+    let kept = root.path().join("images/imported").join(Image::DISK);
+    assert!(fs::read(&kept).unwrap() == disk);
+    // The same disk by another way has the same digest.
+    let qcow2 = root.path().join("json:{odd name");
+    let (from, to) = (raw.to_str().unwrap(), root.path().join("q"));
+    output("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", from, to.to_str().unwrap()]);
+    fs::rename(to, &qcow2).unwrap();
+    assert_eq!(imported(&request(&qcow2, root.path())).unwrap().digest, image.digest);
+    let text = root.path().join("text");
+    fs::write(&text, "hello").unwrap();
+    assert_eq!(imported(&request(&text, root.path())).unwrap_err().kind, ErrorKind::Invalid);
+    assert_eq!(imported(&request(&root.path().join("no"), root.path())).unwrap_err().kind, ErrorKind::NotFound);
+}
+
+#[test]
+fn disks_that_lead_to_other_files_are_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let at = |name: &str| root.path().join(name).to_str().unwrap().to_string();
+    output("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "/etc/shadow", "-F", "raw", "-u", &at("backed"), "1M"]);
+    let external = format!("data_file={},data_file_raw=on", at("data"));
+    output("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &external, &at("external"), "1M"]);
+    for name in ["backed", "external"] {
+        let error = imported(&request(&root.path().join(name), root.path())).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Refused, "{error}");
+    }
+    assert!(is_empty(&root.path().join("tmp")) && is_empty(&root.path().join("images")));
+}
+
+#[test]
+fn a_root_file_system_boots_with_the_kernel_of_another_image() {
+    let root = tempfile::tempdir().unwrap();
+    let tree = root.path().join("tree");
+    for directory in ["sbin", "etc"] {
+        fs::create_dir_all(tree.join(directory)).unwrap();
+    }
+    fs::write(tree.join("sbin/init"), "#!/bin/sh\n").unwrap();
+    let tar = root.path().join("root.tar");
+    output("tar", &["-C", tree.to_str().unwrap(), "--owner=7", "--group=8", "-cf", tar.to_str().unwrap(), "."]);
+    let error = imported(&request(&tar, root.path())).unwrap_err();
+    assert!(error.hint.unwrap().contains("tiny.toml"));
+    let tiny = built(&copied("tiny", root.path(), ""), &Nothing).unwrap();
+    let mut digests = Vec::new();
+    for tool in ["cat", "gzip", "xz", "zstd"] {
+        let packed = root.path().join(tool);
+        output("sh", &["-c", &format!("{tool} <{} >{}", tar.display(), packed.display())]);
+        let image = imported(&request(&packed, root.path())).unwrap();
+        assert_eq!((&image.kernel_release, image.init.as_str()), (&tiny.kernel_release, "/sbin/init"));
+        digests.push(image.digest);
+    }
+    digests.dedup();
+    assert_eq!(digests.len(), 1);
+    let disk = root.path().join("images/imported").join(Image::DISK);
+    output("e2fsck", &["-fn", disk.to_str().unwrap()]);
+    let init = output("debugfs", &["-R", "stat /sbin/init", disk.to_str().unwrap()]);
+    assert!(init.contains("User:     7   Group:     8"), "{init}");
+}
