@@ -86,7 +86,7 @@ impl Disk<'_> {
         let full = ["Could not allocate", "No free space", "no free space", "inode bitmap"];
         // A full machine is told as such by its error kind; this is the image that is full.
         if error.kind == ErrorKind::Internal && full.iter().any(|word| error.message.contains(word)) {
-            Error::refused(format!("the system does not fit into {}", self.size))
+            Error::refused(format!("the system does not fit into {:#}", self.size))
                 .with_hint("give the recipe a larger size")
         } else {
             error

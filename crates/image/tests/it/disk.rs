@@ -29,8 +29,12 @@ fn changes() -> Vec<u8> {
     add("etc/shadow", tar::EntryType::Regular, 0o640, 42, b"root:*:::::::\n");
     add("etc/a \"quoted\" name", tar::EntryType::Regular, 0o600, 70000, b"x");
     add("etc/null", tar::EntryType::Char, 0o666, 0, b"");
-    drop(add);
-    builder.append_pax_extensions([("SCHILY.xattr.security.capability", &b"\x01\0\0\x02\0 \0\0\0\0\0\0\0\0\0\0\0\0\0\0"[..])]).unwrap();
+    builder
+        .append_pax_extensions([(
+            "SCHILY.xattr.security.capability",
+            &b"\x01\0\0\x02\0 \0\0\0\0\0\0\0\0\0\0\0\0\0\0"[..],
+        )])
+        .unwrap();
     let mut header = tar::Header::new_ustar();
     header.set_mode(0o755);
     header.set_uid(0);
@@ -103,6 +107,10 @@ fn failures_point_at_the_command_and_leave_nothing() {
     let error = built(&request, &Failing(Err(Error::unavailable("it died")))).unwrap_err();
     assert!(error.message.starts_with("the VM that configures the image: it died\n  no such"), "{error}");
     assert!(is_empty(&root.path().join("tmp")) && list(&request.data).unwrap().is_empty());
+    let mut small = request.clone();
+    small.document.text = small.document.text.replace("\"2G\"", "\"64M\"");
+    let error = built(&small, &Canned).unwrap_err();
+    assert_eq!((error.kind, error.message.as_str()), (ErrorKind::Refused, "the system does not fit into 64M"));
     // Cancelled in the middle of unpacking.
     let calls = std::sync::atomic::AtomicU32::new(0);
     let cancelled = || calls.fetch_add(1, std::sync::atomic::Ordering::Relaxed) > 150;

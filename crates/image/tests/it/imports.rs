@@ -2,7 +2,10 @@
 
 use std::{fs, path::Path};
 
-use burgeon_api::{ErrorKind, Result, image::{Boot, Image}};
+use burgeon_api::{
+    ErrorKind, Result,
+    image::{Boot, Image},
+};
 use burgeon_image::{ImportRequest, import};
 
 use crate::support::{Nothing, built, copied, data, is_empty, output, tools};

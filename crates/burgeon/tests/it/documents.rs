@@ -1,0 +1,77 @@
+//! What the repository says equals what the code does.
+
+use std::{collections::BTreeMap, fs, path::PathBuf};
+
+use crate::lab::Lab;
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+#[test]
+fn committed_schemas_equal_the_generated() {
+    let lab = Lab::new(&[]);
+    for (what, file) in [
+        ("openapi", "docs/openapi.json"),
+        ("recipe", "docs/schema/recipe.json"),
+        ("pipeline", "docs/schema/pipeline.json"),
+        ("profile", "docs/schema/profile.json"),
+        ("report", "docs/schema/report.json"),
+    ] {
+        let generated = lab.run(&["schema", what]).good().stdout;
+        let committed = fs::read_to_string(root().join(file)).unwrap_or_default();
+        assert_eq!(committed, generated, "{file} is stale: burgeon schema {what} > {file}");
+    }
+}
+
+#[test]
+fn imports_run_as_the_architecture_says() {
+    let page = fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
+    let block = page.split("```imports").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    let told: BTreeMap<String, Vec<String>> = block
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .map(|(name, list)| {
+            let mut list: Vec<String> = list.split_whitespace().map(ToString::to_string).collect();
+            list.sort();
+            (name.trim().to_string(), list)
+        })
+        .collect();
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(root().join("crates")).unwrap() {
+        let entry = entry.unwrap();
+        let manifest = fs::read_to_string(entry.path().join("Cargo.toml")).unwrap();
+        let section = manifest.split("[dependencies]").nth(1).unwrap_or_default();
+        let section = section.split("\n[").next().unwrap();
+        let mut imports: Vec<String> = section
+            .lines()
+            .filter_map(|line| line.strip_prefix("burgeon-"))
+            .map(|rest| rest.split(['.', ' ', '=']).next().unwrap().to_string())
+            .collect();
+        imports.sort();
+        found.insert(entry.file_name().to_str().unwrap().to_string(), imports);
+    }
+    assert_eq!(told, found);
+}
+
+#[test]
+fn dependencies_stay_few() {
+    let lock = fs::read_to_string(root().join("Cargo.lock")).unwrap();
+    let count = lock.matches("[[package]]").count();
+    assert!(count <= 350, "{count} packages in Cargo.lock; 350 are agreed at this stage, 650 ever");
+}
+
+#[test]
+fn every_verb_has_help_and_a_manual_page() {
+    let lab = Lab::new(&[]);
+    lab.run(&["man", lab.path("man").to_str().unwrap()]).good();
+    for noun in ["vm", "image", "pipeline"] {
+        assert!(lab.path(&format!("man/burgeon-{noun}.1")).exists(), "{noun}");
+        assert!(lab.run(&[noun, "--help"]).good().stdout.contains("Commands:"));
+    }
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(lab.run(&["completions", shell]).good().stdout.contains("burgeon"));
+    }
+    let settings = lab.json(&["config", "show"]);
+    assert!(settings.as_array().unwrap().iter().any(|setting| setting["name"] == "accelerator"), "{settings}");
+}

@@ -1,0 +1,91 @@
+//! Images: built, imported, and those that are not ours.
+
+use std::{fs, process::Command};
+
+use crate::lab::{Lab, until};
+
+#[test]
+fn debian_runs_its_own_init_beside_the_agent() {
+    let lab = Lab::new(&["debian-minimal"]);
+    lab.vm("debian-minimal", "deb", "default");
+    let done = lab.run(&["exec", "deb", "--", "cat", "/etc/os-release"]).good();
+    assert!(done.stdout.contains("bookworm"), "{done:?}");
+    assert_eq!(lab.run(&["exec", "deb", "--", "hostname"]).good().stdout, "deb\n");
+    let first = lab.run(&["exec", "deb", "--", "cat", "/proc/1/comm"]).good();
+    assert_eq!(first.stdout.trim(), "systemd");
+    // systemd comes up beside the agent, and leaves it alone.
+    until("systemd is up", || {
+        let state = lab.run(&["exec", "deb", "--", "systemctl", "is-system-running"]);
+        matches!(state.stdout.trim(), "running" | "degraded")
+    });
+    let failed = lab.run(&["exec", "deb", "--", "systemctl", "--failed", "--no-legend"]).good();
+    assert_eq!(failed.stdout.trim(), "", "no unit failed");
+    let user = lab.run(&["exec", "--user", "nobody", "deb", "--", "id", "-un"]).good();
+    assert_eq!(user.stdout, "nobody\n");
+    lab.run(&["vm", "stop", "deb"]).good();
+    let view = lab.json(&["vm", "show", "deb"]);
+    assert!(view["reason"].as_str().unwrap().contains("powered off"), "{view}");
+}
+
+/// A boot sector that prints a line on the first serial port and halts: somebody else's system.
+fn foreign_disk() -> Vec<u8> {
+    let mut sector = vec![
+        0xfa, // cli
+        0x31, 0xc0, 0x8e, 0xd8, // xor ax,ax; mov ds,ax
+        0xbe, 0x1a, 0x7c, // mov si, message
+        0xba, 0xf8, 0x03, // mov dx, 0x3f8
+        0xac, // next: lodsb
+        0x84, 0xc0, // test al,al
+        0x74, 0x03, // jz end
+        0xee, // out dx,al
+        0xeb, 0xf8, // jmp next
+        0xf4, // end: hlt
+        0xeb, 0xfd, // jmp end
+    ];
+    sector.resize(0x1a, 0x90);
+    sector.extend(b"a foreign system is up\r\n\0");
+    sector.resize(510, 0);
+    sector.extend([0x55, 0xaa]);
+    sector.resize(1 << 20, 0);
+    sector
+}
+
+#[test]
+fn foreign_images_boot_with_a_console_a_seed_and_no_agent() {
+    let lab = Lab::new(&[]);
+    let raw = lab.path("foreign.img");
+    fs::write(&raw, foreign_disk()).unwrap();
+    let qcow = lab.path("foreign.qcow2");
+    let status = Command::new("qemu-img").args(["convert", "-O", "qcow2"]).arg(&raw).arg(&qcow).status().unwrap();
+    assert!(status.success());
+    for (file, name) in [(&raw, "from-raw"), (&qcow, "from-qcow")] {
+        lab.run(&["image", "import", file.to_str().unwrap(), name]).good();
+        lab.vm(name, name, "default");
+        until("its words are on the console", || {
+            lab.run(&["logs", name]).good().stdout.contains("a foreign system is up")
+        });
+        let refused = lab.run(&["exec", name, "--", "true"]);
+        assert!(
+            refused.code == 125 && refused.stderr.contains("no agent") && refused.stderr.contains("console"),
+            "{refused:?}"
+        );
+    }
+    let seed = fs::read_dir(lab.data().join("vms")).unwrap().flatten().map(|entry| entry.path().join("seed/meta-data"));
+    assert!(seed.into_iter().all(|file| fs::read_to_string(file).unwrap().contains("local-hostname: from-")));
+    lab.run(&["image", "rm", "from-raw"]).good();
+    assert_eq!(lab.run(&["image", "ls", "-q"]).good().stdout, "from-qcow\n");
+    lab.run(&["vm", "rm", "from-raw", "from-qcow"]).good();
+
+    // A qcow2 that names a file of this machine as its backing must not show it to a guest.
+    let evil = lab.path("evil.qcow2");
+    let status = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "/etc/passwd"])
+        .arg(&evil)
+        .args(["1M"])
+        .status()
+        .unwrap();
+    assert!(status.success());
+    let done = lab.run(&["image", "import", evil.to_str().unwrap(), "evil"]);
+    assert!(done.code == 1 && done.stderr.contains("backing"), "{done:?}");
+    assert_eq!(lab.run(&["image", "ls", "-q"]).good().stdout, "from-qcow\n");
+}

@@ -1,0 +1,74 @@
+//! Processes killed with -9 while work goes on.
+
+use std::{
+    io::{Read, Write},
+    process::Stdio,
+};
+
+use crate::lab::{Lab, finish, is_running, kill, until};
+
+#[test]
+fn a_killed_control_process_stops_no_command_and_loses_no_byte() {
+    let lab = Lab::new(&["tiny"]);
+    lab.vm("tiny", "one", "tiny");
+    let qemu = lab.pid_of_vm("one");
+    let mut cat = lab.command(&["exec", "one", "--", "/bin/busybox", "cat"]).stdin(Stdio::piped()).spawn().unwrap();
+    let (mut stdin, mut stdout) = (cat.stdin.take().unwrap(), cat.stdout.take().unwrap());
+    let mut half = [0; 6];
+    stdin.write_all(b"before").unwrap();
+    stdout.read_exact(&mut half).unwrap();
+    let control = lab.pid("control");
+    kill(control, "KILL");
+    stdin.write_all(b" after").unwrap();
+    stdout.read_exact(&mut half).unwrap();
+    assert_eq!(&half, b" after");
+    drop(stdin);
+    assert_eq!(finish(cat).good().stdout, "");
+    assert_ne!(lab.pid("control"), control);
+    assert_eq!(lab.pid_of_vm("one"), qemu, "no VM was touched");
+    assert_eq!(lab.json(&["vm", "show", "one"])["on_host"]["adoptions"], 0);
+}
+
+#[test]
+fn a_killed_host_process_is_followed_by_one_that_adopts() {
+    let lab = Lab::new(&["tiny"]);
+    lab.vm("tiny", "stays", "tiny");
+    lab.vm("tiny", "dies", "tiny");
+    let (stays, dies) = (lab.pid_of_vm("stays"), lab.pid_of_vm("dies"));
+    let mut running =
+        lab.command(&["exec", "stays", "--", "/bin/busybox", "cat"]).stdin(Stdio::piped()).spawn().unwrap();
+    let stdin = running.stdin.take();
+    let host = lab.pid("host");
+    kill(host, "KILL");
+    kill(dies, "KILL");
+    until("another host process serves", || lab.pid("host") != host);
+    until("the VM is adopted", || lab.json(&["vm", "show", "stays"])["state"] == "running");
+    assert_eq!(lab.pid_of_vm("stays"), stays);
+    assert_eq!(lab.json(&["vm", "show", "stays"])["on_host"]["adoptions"], 1);
+    assert_eq!(lab.run(&["exec", "stays", "--", "/bin/busybox", "echo", "still here"]).good().stdout, "still here\n");
+    // The command that ran through the dead process is over, and says so.
+    let over = finish(running);
+    drop(stdin);
+    assert_eq!(over.code, 125, "{over:?}");
+    // What is really lost is reported with its reason.
+    let lost = lab.json(&["vm", "show", "dies"]);
+    assert_eq!(lost["state"], "failed", "{lost}");
+    assert!(lost["reason"].as_str().unwrap().contains("host process was away"), "{lost}");
+    lab.run(&["vm", "rm", "stays", "dies"]).good();
+    assert!(!is_running(stays));
+}
+
+#[test]
+fn a_killed_vm_is_told_with_its_reason() {
+    let lab = Lab::new(&["tiny"]);
+    lab.vm("tiny", "victim", "tiny");
+    kill(lab.pid_of_vm("victim"), "KILL");
+    until("its end is seen", || lab.json(&["vm", "show", "victim"])["state"] == "failed");
+    let view = lab.json(&["vm", "show", "victim"]);
+    assert!(view["reason"].as_str().unwrap().contains("signal 9"), "{view}");
+    // Both processes killed: the whole server comes back for the next command, and knows it.
+    for kind in ["serve", "control", "host"] {
+        kill(lab.pid(kind), "KILL");
+    }
+    assert_eq!(lab.json(&["vm", "show", "victim"])["state"], "failed");
+}

@@ -1,0 +1,238 @@
+//! Drives the product in a data directory of its own.
+
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+/// No command of a test takes longer, or it hangs.
+const DEADLINE: Duration = Duration::from_secs(240);
+
+pub struct Lab {
+    directory: tempfile::TempDir,
+}
+
+/// What a command did.
+#[derive(Debug)]
+pub struct Done {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Done {
+    /// The command must have succeeded.
+    #[track_caller]
+    pub fn good(self) -> Done {
+        assert_eq!(self.code, 0, "stdout: {}\nstderr: {}", self.stdout, self.stderr);
+        self
+    }
+
+    #[track_caller]
+    pub fn json(self) -> Value {
+        let done = self.good();
+        serde_json::from_str(&done.stdout).unwrap_or_else(|error| panic!("{error}: {}", done.stdout))
+    }
+}
+
+impl Lab {
+    /// A lab with these images, which are built once for all tests.
+    pub fn new(images: &[&str]) -> Lab {
+        let directory = tempfile::Builder::new().prefix("bg").tempdir_in("/tmp").unwrap();
+        let lab = Lab { directory };
+        fs::create_dir_all(lab.data().join("images")).unwrap();
+        for image in images {
+            let from = cached_image(image);
+            let to = lab.data().join("images").join(image);
+            fs::create_dir_all(&to).unwrap();
+            for entry in fs::read_dir(from).unwrap() {
+                let entry = entry.unwrap();
+                let to = to.join(entry.file_name());
+                fs::hard_link(entry.path(), &to).or_else(|_| fs::copy(entry.path(), &to).map(drop)).unwrap();
+            }
+        }
+        lab
+    }
+
+    pub fn data(&self) -> PathBuf {
+        self.directory.path().join("d")
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// Writes a file beside the data directory.
+    pub fn file(&self, name: &str, content: &str) -> PathBuf {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, content).unwrap();
+        path
+    }
+
+    pub fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_burgeon"));
+        command.arg("--data").arg(self.data()).args(words).current_dir(self.directory.path());
+        command.env_remove("BURGEON_DATA").env("BURGEON_ACCEL", accelerator()).env("NO_COLOR", "1");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// Runs a command to its end.
+    #[track_caller]
+    pub fn run(&self, words: &[&str]) -> Done {
+        finish(self.command(words).spawn().unwrap())
+    }
+
+    /// Runs a command with input.
+    #[track_caller]
+    pub fn run_with(&self, words: &[&str], input: &[u8]) -> Done {
+        let mut child = self.command(words).stdin(Stdio::piped()).spawn().unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        let input = input.to_vec();
+        // A command that does not read to the end closes the pipe; that is its right.
+        std::thread::spawn(move || drop(stdin.write_all(&input)));
+        finish(child)
+    }
+
+    #[track_caller]
+    pub fn json(&self, words: &[&str]) -> Value {
+        let mut all = vec!["-o", "json"];
+        all.extend(words);
+        self.run(&all).json()
+    }
+
+    /// A running VM of this name.
+    #[track_caller]
+    pub fn vm(&self, image: &str, name: &str, profile: &str) -> Value {
+        self.json(&["vm", "create", image, "--name", name, "--profile", profile])
+    }
+
+    /// The process of one of Burgeon's own, from its lock.
+    #[track_caller]
+    pub fn pid(&self, kind: &str) -> u32 {
+        fs::read_to_string(self.data().join(format!("{kind}.lock"))).unwrap().trim().parse().unwrap()
+    }
+
+    #[track_caller]
+    pub fn pid_of_vm(&self, name: &str) -> u32 {
+        let view = self.json(&["vm", "show", name]);
+        u32::try_from(view["on_host"]["pid"].as_u64().unwrap_or_else(|| panic!("{view}"))).unwrap()
+    }
+
+    /// QEMU processes that work below the data directory.
+    pub fn qemus(&self) -> Vec<u32> {
+        let below = fs::canonicalize(self.data()).unwrap_or_else(|_| self.data());
+        processes().into_iter().filter(|pid| cwd(*pid).is_some_and(|cwd| cwd.starts_with(&below))).collect()
+    }
+}
+
+/// `tcg` unless somebody asks for more: a probe of KVM in every lab would only cost time.
+fn accelerator() -> String {
+    std::env::var("BURGEON_TEST_ACCEL").unwrap_or_else(|_| "tcg".into())
+}
+
+fn processes() -> Vec<u32> {
+    fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
+fn cwd(pid: u32) -> Option<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/cwd")).ok()
+}
+
+fn command_line(pid: u32) -> String {
+    fs::read(format!("/proc/{pid}/cmdline"))
+        .map(|bytes| String::from_utf8_lossy(&bytes).replace('\0', " "))
+        .unwrap_or_default()
+}
+
+pub fn kill(pid: u32, signal: &str) {
+    let status = Command::new("kill").arg(format!("-{signal}")).arg(pid.to_string()).status().unwrap();
+    assert!(status.success(), "kill -{signal} {pid}");
+}
+
+pub fn is_running(pid: u32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat"))
+        .is_ok_and(|stat| !matches!(stat.rsplit(") ").next().and_then(|rest| rest.chars().next()), Some('Z' | 'X')))
+}
+
+/// Asks until it is so; for what another process does in its own time.
+#[track_caller]
+pub fn until(what: &str, mut so: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !so() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "not within a minute: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[track_caller]
+pub fn finish(child: Child) -> Done {
+    let pid = child.id();
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || drop(sender.send(child.wait_with_output())));
+    match receiver.recv_timeout(DEADLINE) {
+        Ok(output) => done(&output.unwrap()),
+        Err(_) => {
+            kill(pid, "KILL");
+            panic!("a command hung: {}", command_line(pid));
+        }
+    }
+}
+
+fn done(output: &Output) -> Done {
+    use std::os::unix::process::ExitStatusExt;
+    Done {
+        code: output.status.code().unwrap_or_else(|| 128 + output.status.signal().unwrap_or(0)),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        let data = self.data();
+        let ours = |pid: &u32| command_line(*pid).contains(&format!("--data {} ", data.display()));
+        let servers: Vec<u32> = processes().into_iter().filter(ours).collect();
+        for pid in servers.iter().chain(&self.qemus()) {
+            // It may have ended by itself.
+            drop(Command::new("kill").args(["-KILL", &pid.to_string()]).stderr(Stdio::null()).status());
+        }
+        if std::thread::panicking() {
+            let log = fs::read_to_string(data.join("serve.log")).unwrap_or_default();
+            eprintln!("--- serve.log\n{log}");
+        }
+        let begun = Instant::now();
+        while !self.qemus().is_empty() && begun.elapsed() < Duration::from_secs(10) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// The directory of an image in the cache that `./x test` has filled; built here when it has not.
+fn cached_image(name: &str) -> PathBuf {
+    let cache = std::env::var_os("BURGEON_TEST_CACHE")
+        .map_or_else(|| Path::new(env!("CARGO_TARGET_TMPDIR")).join("images"), PathBuf::from);
+    fs::create_dir_all(&cache).unwrap();
+    let directory = cache.join("images").join(name);
+    let lock = fs::File::create(cache.join(format!("{name}.building"))).unwrap();
+    lock.lock().unwrap();
+    if !directory.join("image.json").exists() {
+        let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../images/{name}.toml"));
+        let output = Command::new(env!("CARGO_BIN_EXE_burgeon"))
+            .arg("--data")
+            .arg(&cache)
+            .args(["image", "build"])
+            .arg(recipe)
+            .env("BURGEON_ACCEL", accelerator())
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    directory
+}

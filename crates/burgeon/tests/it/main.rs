@@ -1,0 +1,13 @@
+//! The product as its users meet it: the real binary, real VMs, real kills.
+//!
+//! Each test has a [`lab::Lab`]: a data directory of its own with images from a shared cache, and the
+//! promise that nothing of it is left at the end.
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
+
+mod bad_input;
+mod documents;
+mod images;
+mod kills;
+mod lab;
+mod pipelines;
+mod vms;

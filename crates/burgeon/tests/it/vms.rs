@@ -1,0 +1,143 @@
+//! The life of a VM.
+
+use std::{fs, os::unix::fs::PermissionsExt, process::Stdio};
+
+use crate::lab::{Lab, finish, is_running, until};
+
+#[test]
+fn a_vm_from_creation_to_removal() {
+    let lab = Lab::new(&["tiny"]);
+    let vm = lab.vm("tiny", "one", "tiny");
+    assert_eq!(vm["state"], "running");
+    let pid = lab.pid_of_vm("one");
+
+    // Codes, as env(1) and timeout(1) have them.
+    for (words, code) in [
+        (&["/bin/busybox", "true"][..], 0),
+        (&["/bin/busybox", "sh", "-c", "exit 7"], 7),
+        (&["/bin/busybox", "sh", "-c", "kill -9 $$"], 137),
+        (&["no-such-program"], 127),
+        (&["/"], 126),
+    ] {
+        let mut all = vec!["exec", "one", "--"];
+        all.extend(words);
+        assert_eq!(lab.run(&all).code, code, "{words:?}");
+    }
+    assert_eq!(lab.run(&["exec", "--time-limit", "200ms", "one", "--", "/bin/busybox", "sleep", "60"]).code, 124);
+    assert_eq!(lab.run(&["exec", "nobody-here", "--", "true"]).code, 125);
+
+    // Streams, environment, directory.
+    let done = lab
+        .run(&[
+            "exec",
+            "-e",
+            "A=x y",
+            "-w",
+            "/tmp",
+            "one",
+            "--",
+            "/bin/busybox",
+            "sh",
+            "-c",
+            "echo $A; pwd; echo e >&2",
+        ])
+        .good();
+    assert_eq!((done.stdout.as_str(), done.stderr.as_str()), ("x y\n/tmp\n", "e\n"));
+    let input: Vec<u8> = (0..3_000_000_u32).flat_map(u32::to_le_bytes).take(3_000_000).collect();
+    let sum = lab.run_with(&["exec", "one", "--", "/bin/busybox", "sh", "-c", "cat | wc -c"], &input).good();
+    assert_eq!(sum.stdout.trim(), "3000000");
+
+    // A terminal tells its size.
+    let done = lab.run(&["exec", "--tty", "one", "--", "/bin/busybox", "stty", "size"]).good();
+    assert_eq!(done.stdout.trim(), "24 80");
+
+    // Files keep their bytes and modes.
+    let file = lab.file("tool", "#!/bin/busybox sh\necho ran\n");
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
+    lab.run(&["vm", "cp", "tool", "one:/tmp/tool"]).good();
+    assert_eq!(lab.run(&["exec", "one", "--", "/tmp/tool"]).good().stdout, "ran\n");
+    fs::create_dir_all(lab.path("tree/deep")).unwrap();
+    lab.file("tree/deep/new\nline", "content");
+    let raw = <std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(vec![b'r', 0xff]);
+    fs::write(lab.path("tree").join(&raw), "raw").unwrap();
+    assert_eq!(lab.run(&["vm", "cp", "tree", "one:/tmp/tree"]).code, 1, "a directory needs --recursive");
+    lab.run(&["vm", "cp", "-r", "tree", "one:/tmp/tree"]).good();
+    lab.run(&["vm", "cp", "-r", "one:/tmp/tree", "back"]).good();
+    assert_eq!(fs::read_to_string(lab.path("back/deep/new\nline")).unwrap(), "content");
+    assert_eq!(fs::read_to_string(lab.path("back").join(&raw)).unwrap(), "raw");
+
+    // What the machine does not enforce is said.
+    let shown = lab.run(&["vm", "show", "one"]).good().stdout;
+    assert!(shown.contains("sandbox") && shown.contains("enforced"), "{shown}");
+    assert!(lab.run(&["vm", "show", "one", "--timing"]).good().stdout.contains("boot"));
+    let names = lab.run(&["ps", "-q"]).good().stdout;
+    assert_eq!(names, "one\n");
+
+    // Frozen, it answers nothing new; thawed, it goes on.
+    lab.run(&["vm", "freeze", "one"]).good();
+    lab.run(&["vm", "thaw", "one"]).good();
+    lab.run(&["exec", "one", "--", "/bin/busybox", "true"]).good();
+
+    lab.run(&["vm", "stop", "one"]).good();
+    assert!(!is_running(pid));
+    let view = lab.json(&["vm", "show", "one"]);
+    assert_eq!(view["state"], "stopped", "{view}");
+    assert_eq!(lab.run(&["exec", "one", "--", "true"]).code, 125);
+    lab.run(&["vm", "rm", "one"]).good();
+    assert_eq!(lab.run(&["ps", "-q"]).good().stdout, "");
+    assert!(lab.qemus().is_empty());
+    assert_eq!(fs::read_dir(lab.data().join("vms")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_flood_in_one_stream_starves_nobody() {
+    let lab = Lab::new(&["tiny"]);
+    lab.vm("tiny", "noisy", "tiny");
+    // Nobody reads this output: back-pressure holds the command in the guest.
+    let flood = lab.command(&["exec", "noisy", "--", "/bin/busybox", "yes"]).stdout(Stdio::piped()).spawn().unwrap();
+    let console = lab.run(&[
+        "exec",
+        "--time-limit",
+        "1500ms",
+        "noisy",
+        "--",
+        "/bin/busybox",
+        "sh",
+        "-c",
+        "yes flood >/dev/console",
+    ]);
+    assert_eq!(console.code, 124);
+    assert_eq!(lab.run(&["exec", "noisy", "--", "/bin/busybox", "echo", "quick"]).good().stdout, "quick\n");
+    let logs = lab.run(&["logs", "noisy"]).good().stdout;
+    assert!(logs.contains("flood") && logs.len() < 3 << 20, "{} bytes", logs.len());
+    // When its client goes, the command goes.
+    let pid = flood.id();
+    crate::lab::kill(pid, "KILL");
+    finish(flood);
+    until("the flood's command ends with its client", || {
+        let list = lab.run(&["exec", "noisy", "--", "/bin/busybox", "pidof", "yes"]);
+        list.code == 1
+    });
+}
+
+#[test]
+fn a_desktop_shows_its_screen_by_vnc() {
+    use std::io::Read;
+    let lab = Lab::new(&["tiny"]);
+    let profile = lab.file("screen.toml", "memory = \"160M\"\ndisplay = true\n");
+    lab.vm("tiny", "plain", "tiny");
+    let refused = lab.run(&["vm", "display", "plain"]);
+    assert!(refused.code == 1 && refused.stderr.contains("graphics card"), "{refused:?}");
+    lab.vm("tiny", "screen", profile.to_str().unwrap());
+    let socket = lab.path("screen.vnc");
+    let mut display = lab.command(&["vm", "display", "screen", "--socket", socket.to_str().unwrap()]).spawn().unwrap();
+    until("the socket is there", || socket.exists());
+    let mut viewer = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+    viewer.set_read_timeout(Some(std::time::Duration::from_secs(30))).unwrap();
+    let mut greeting = [0; 12];
+    viewer.read_exact(&mut greeting).unwrap();
+    assert_eq!(&greeting[..4], b"RFB ");
+    crate::lab::kill(display.id(), "INT");
+    assert!(display.wait().unwrap().success());
+    assert!(!socket.exists());
+}
