@@ -26,21 +26,22 @@ use crate::{
 };
 
 /// Progress on its way to a client. Dropping the receiver cancels the work.
-pub(crate) fn build(state: &Shared, request: BuildImage) -> Result<mpsc::Receiver<Progress>> {
+pub(crate) fn build(state: &Shared, request: &BuildImage) -> Result<mpsc::Receiver<Progress>> {
     let document = Document::new(&request.recipe.file, &request.recipe.text);
     // What is wrong with the recipe is an answer, not progress.
     Recipe::read(&document)?;
     let directory = PathBuf::from(&request.recipe.directory);
     let stem = Path::new(&request.recipe.file).file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let lock_path = directory.join(format!("{stem}.lock"));
+    let (locked, force) = (request.locked, request.force);
     Ok(run(state, move |state, progress, cancelled| {
         let runner = HostRunner { state: state.clone(), runtime: Handle::current() };
         let request = BuildRequest {
             document,
             recipe_directory: directory,
             lock_path,
-            locked: request.locked,
-            force: request.force,
+            locked,
+            force,
             archive: std::env::var("BURGEON_DEBIAN_ARCHIVE").ok(),
             data: state.data_paths(),
             now_s: now_s(),

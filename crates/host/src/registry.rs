@@ -1,6 +1,10 @@
 //! The VMs of this host. One task owns the table.
 
-use std::{collections::HashMap, path::Path, sync::Arc};
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    path::Path,
+    sync::Arc,
+};
 
 use burgeon_api::{
     Error, Result, VmId,
@@ -76,13 +80,12 @@ async fn own(
         vms.retain(|_, handle| !handle.commands.is_closed());
         match ask {
             Ask::Launch { launch, reply } => {
-                let id = launch.id;
-                let outcome = if vms.contains_key(&id) {
-                    Ok(())
-                } else {
-                    vm::launch(context.clone(), *launch, changes.clone()).map(|handle| {
-                        vms.insert(id, handle);
-                    })
+                let outcome = match vms.entry(launch.id) {
+                    // Asked twice is as good as once.
+                    Entry::Occupied(_) => Ok(()),
+                    Entry::Vacant(place) => vm::launch(context.clone(), *launch, changes.clone()).map(|handle| {
+                        place.insert(handle);
+                    }),
                 };
                 drop(reply.send(outcome));
             }

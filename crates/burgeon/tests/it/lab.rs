@@ -13,28 +13,28 @@ use serde_json::Value;
 /// No command of a test takes longer, or it hangs.
 const DEADLINE: Duration = Duration::from_secs(240);
 
-pub struct Lab {
+pub(crate) struct Lab {
     directory: tempfile::TempDir,
 }
 
 /// What a command did.
 #[derive(Debug)]
-pub struct Done {
-    pub code: i32,
-    pub stdout: String,
-    pub stderr: String,
+pub(crate) struct Done {
+    pub(crate) code: i32,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
 }
 
 impl Done {
     /// The command must have succeeded.
     #[track_caller]
-    pub fn good(self) -> Done {
+    pub(crate) fn good(self) -> Done {
         assert_eq!(self.code, 0, "stdout: {}\nstderr: {}", self.stdout, self.stderr);
         self
     }
 
     #[track_caller]
-    pub fn json(self) -> Value {
+    pub(crate) fn json(self) -> Value {
         let done = self.good();
         serde_json::from_str(&done.stdout).unwrap_or_else(|error| panic!("{error}: {}", done.stdout))
     }
@@ -42,7 +42,7 @@ impl Done {
 
 impl Lab {
     /// A lab with these images, which are built once for all tests.
-    pub fn new(images: &[&str]) -> Lab {
+    pub(crate) fn new(images: &[&str]) -> Lab {
         let directory = tempfile::Builder::new().prefix("bg").tempdir_in("/tmp").unwrap();
         let lab = Lab { directory };
         fs::create_dir_all(lab.data().join("images")).unwrap();
@@ -59,23 +59,23 @@ impl Lab {
         lab
     }
 
-    pub fn data(&self) -> PathBuf {
+    pub(crate) fn data(&self) -> PathBuf {
         self.directory.path().join("d")
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
     /// Writes a file beside the data directory.
-    pub fn file(&self, name: &str, content: &str) -> PathBuf {
+    pub(crate) fn file(&self, name: &str, content: &str) -> PathBuf {
         let path = self.path(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(&path, content).unwrap();
         path
     }
 
-    pub fn command(&self, words: &[&str]) -> Command {
+    pub(crate) fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_burgeon"));
         command.arg("--data").arg(self.data()).args(words).current_dir(self.directory.path());
         command.env_remove("BURGEON_DATA").env("BURGEON_ACCEL", accelerator()).env("NO_COLOR", "1");
@@ -85,13 +85,13 @@ impl Lab {
 
     /// Runs a command to its end.
     #[track_caller]
-    pub fn run(&self, words: &[&str]) -> Done {
+    pub(crate) fn run(&self, words: &[&str]) -> Done {
         finish(self.command(words).spawn().unwrap())
     }
 
     /// Runs a command with input.
     #[track_caller]
-    pub fn run_with(&self, words: &[&str], input: &[u8]) -> Done {
+    pub(crate) fn run_with(&self, words: &[&str], input: &[u8]) -> Done {
         let mut child = self.command(words).stdin(Stdio::piped()).spawn().unwrap();
         let mut stdin = child.stdin.take().unwrap();
         let input = input.to_vec();
@@ -101,7 +101,7 @@ impl Lab {
     }
 
     #[track_caller]
-    pub fn json(&self, words: &[&str]) -> Value {
+    pub(crate) fn json(&self, words: &[&str]) -> Value {
         let mut all = vec!["-o", "json"];
         all.extend(words);
         self.run(&all).json()
@@ -109,24 +109,24 @@ impl Lab {
 
     /// A running VM of this name.
     #[track_caller]
-    pub fn vm(&self, image: &str, name: &str, profile: &str) -> Value {
+    pub(crate) fn vm(&self, image: &str, name: &str, profile: &str) -> Value {
         self.json(&["vm", "create", image, "--name", name, "--profile", profile])
     }
 
     /// The process of one of Burgeon's own, from its lock.
     #[track_caller]
-    pub fn pid(&self, kind: &str) -> u32 {
+    pub(crate) fn pid(&self, kind: &str) -> u32 {
         fs::read_to_string(self.data().join(format!("{kind}.lock"))).unwrap().trim().parse().unwrap()
     }
 
     #[track_caller]
-    pub fn pid_of_vm(&self, name: &str) -> u32 {
+    pub(crate) fn pid_of_vm(&self, name: &str) -> u32 {
         let view = self.json(&["vm", "show", name]);
         u32::try_from(view["on_host"]["pid"].as_u64().unwrap_or_else(|| panic!("{view}"))).unwrap()
     }
 
     /// QEMU processes that work below the data directory.
-    pub fn qemus(&self) -> Vec<u32> {
+    pub(crate) fn qemus(&self) -> Vec<u32> {
         let below = fs::canonicalize(self.data()).unwrap_or_else(|_| self.data());
         processes().into_iter().filter(|pid| cwd(*pid).is_some_and(|cwd| cwd.starts_with(&below))).collect()
     }
@@ -151,19 +151,19 @@ fn command_line(pid: u32) -> String {
         .unwrap_or_default()
 }
 
-pub fn kill(pid: u32, signal: &str) {
+pub(crate) fn kill(pid: u32, signal: &str) {
     let status = Command::new("kill").arg(format!("-{signal}")).arg(pid.to_string()).status().unwrap();
     assert!(status.success(), "kill -{signal} {pid}");
 }
 
-pub fn is_running(pid: u32) -> bool {
+pub(crate) fn is_running(pid: u32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/stat"))
         .is_ok_and(|stat| !matches!(stat.rsplit(") ").next().and_then(|rest| rest.chars().next()), Some('Z' | 'X')))
 }
 
 /// Asks until it is so; for what another process does in its own time.
 #[track_caller]
-pub fn until(what: &str, mut so: impl FnMut() -> bool) {
+pub(crate) fn until(what: &str, mut so: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !so() {
         assert!(begun.elapsed() < Duration::from_secs(60), "not within a minute: {what}");
@@ -172,7 +172,7 @@ pub fn until(what: &str, mut so: impl FnMut() -> bool) {
 }
 
 #[track_caller]
-pub fn finish(child: Child) -> Done {
+pub(crate) fn finish(child: Child) -> Done {
     let pid = child.id();
     let (sender, receiver) = std::sync::mpsc::channel();
     std::thread::spawn(move || drop(sender.send(child.wait_with_output())));

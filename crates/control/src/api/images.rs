@@ -67,7 +67,7 @@ async fn remove(State(state): State<Shared>, Path(image): Path<String>) -> Answe
 }
 
 async fn build(State(state): State<Shared>, Json(request): Json<BuildImage>) -> Answer<Response> {
-    let receiver = crate::images::build(&state, request)?;
+    let receiver = crate::images::build(&state, &request)?;
     Ok(lines(receiver, Busy::new(&state.busy)))
 }
 
