@@ -110,8 +110,8 @@ fn print(text: &str) -> anyhow::Result<()> {
 pub(crate) fn print_table(results: &[Result], load_before: f64) {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
-    table.set_header(["figure", "unit", "median", "min", "max", "runs", "rival", "rival's", "ratio", "target", ""]);
-    for column in [2, 3, 4, 5, 7, 8] {
+    table.set_header(["figure", "unit", "median", "min", "max", "runs", "rival", "rival's", "ratio", "load", "target", ""]);
+    for column in [2, 3, 4, 5, 7, 8, 9] {
         if let Some(column) = table.column_mut(column) {
             column.set_cell_alignment(CellAlignment::Right);
         }
@@ -127,6 +127,7 @@ pub(crate) fn print_table(results: &[Result], load_before: f64) {
             result.rival.unwrap_or("not installed").to_string(),
             result.rival_median.map(number).unwrap_or_default(),
             result.ratio.map(|ratio| format!("{ratio:.2}")).unwrap_or_default(),
+            format!("{:.1}", result.load),
             result.target.to_string(),
             if result.reached { "reached" } else { "missed" }.to_string(),
         ]);

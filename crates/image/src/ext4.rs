@@ -1,6 +1,6 @@
 //! Writes a tree as an ext4 disk, without root.
 //!
-//! `mke2fs -d` copies names and bytes (in sorted order since e2fsprogs 1.46); owners, modes, times,
+//! `mke2fs -d` copies names and bytes (in sorted order: seen with e2fsprogs 1.47.0); owners, modes, times,
 //! devices and attributes are then set by `debugfs` from the tree's table. That is done for every
 //! path and by every user alike, root too, so that all make the same bytes. Time, UUID and hash
 //! seed are given, and the machine's own mke2fs.conf is not read.
