@@ -44,8 +44,11 @@ impl Client {
         self.send("PUT", path, "", body)?.json()
     }
 
-    pub(crate) fn get_bytes(&self, path: &str) -> Result<Vec<u8>> {
-        self.send("GET", path, "", &[])?.body()
+    /// An answer of exactly the size of `body`.
+    pub(crate) fn get_into(&self, path: &str, body: &mut [u8]) -> Result<()> {
+        let mut response = self.send("GET", path, "", &[])?;
+        ensure!(response.length == body.len(), "{path} has {} bytes, not {}", response.length, body.len());
+        response.connection.read_exact(body).context("read the answer")
     }
 
     /// Turns the connection into a stream of bytes.

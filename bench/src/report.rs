@@ -110,7 +110,9 @@ fn print(text: &str) -> anyhow::Result<()> {
 pub(crate) fn print_table(results: &[Result], load_before: f64) {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
-    table.set_header(["figure", "unit", "median", "min", "max", "runs", "rival", "rival's", "ratio", "load", "target", ""]);
+    table.set_header([
+        "figure", "unit", "median", "min", "max", "runs", "rival", "rival's", "ratio", "load", "target", "",
+    ]);
     for column in [2, 3, 4, 5, 7, 8, 9] {
         if let Some(column) = table.column_mut(column) {
             column.set_cell_alignment(CellAlignment::Right);

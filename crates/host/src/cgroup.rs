@@ -8,6 +8,8 @@ use std::{
 use burgeon_api::{profile::Profile, vm::Limit};
 
 const ROOT: &str = "/sys/fs/cgroup";
+/// Where Burgeon's own processes are; VMs have groups beside it.
+const LEAF: &str = "burgeon-server";
 /// QEMU's own memory beside the guest's: code, translation cache, device buffers.
 const OVERHEAD: u64 = 384 << 20;
 
@@ -72,20 +74,44 @@ impl Groups {
     }
 }
 
-fn prepare(root: &Path, own: &str) -> Result<PathBuf, String> {
+/// The group of this process, or its parent when it is in the leaf already.
+fn own_group(root: &Path, own: &str) -> Result<PathBuf, String> {
     if !root.join("cgroup.controllers").exists() {
         return Err("cgroup v2 is not mounted at /sys/fs/cgroup".to_string());
     }
     let path = own.lines().find_map(|line| line.strip_prefix("0::/")).ok_or("this process is in no cgroup v2")?;
-    let group = root.join(path);
-    let describe = |action: &str, error: std::io::Error| format!("{action}: {error} (a delegated cgroup is needed)");
-    let leaf = group.join("burgeon-host");
-    fs::create_dir_all(&leaf).map_err(|error| describe("create a cgroup", error))?;
+    let path = path.strip_suffix(LEAF).unwrap_or(path);
+    Ok(root.join(path.trim_end_matches('/')))
+}
+
+/// Moves this process into the leaf, so that controllers can be handed to its siblings: cgroup v2
+/// allows that only to groups without processes.
+fn enter_leaf(group: &Path) -> Result<(), String> {
+    let leaf = group.join(LEAF);
+    fs::create_dir_all(&leaf).map_err(|error| describe("create a cgroup", &error))?;
     fs::write(leaf.join("cgroup.procs"), std::process::id().to_string())
-        .map_err(|error| describe("move into a cgroup", error))?;
+        .map_err(|error| describe("move into a cgroup", &error))
+}
+
+fn describe(action: &str, error: &std::io::Error) -> String {
+    format!("{action}: {error} (a delegated cgroup is needed)")
+}
+
+fn prepare(root: &Path, own: &str) -> Result<PathBuf, String> {
+    let group = own_group(root, own)?;
+    enter_leaf(&group)?;
     fs::write(group.join("cgroup.subtree_control"), "+memory +cpu +pids")
-        .map_err(|error| describe("hand down controllers", error))?;
+        .map_err(|error| describe("hand down controllers", &error))?;
     Ok(group)
+}
+
+/// For the process that starts host and control: both then begin in the leaf, out of the VMs' way.
+/// Where there is no group to divide, nothing happens; the host process says so with each limit.
+pub(crate) fn separate() {
+    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    if let Err(reason) = own_group(Path::new(ROOT), &own).and_then(|group| enter_leaf(&group)) {
+        tracing::debug!(%reason, "no cgroup of its own");
+    }
 }
 
 #[cfg(test)]
@@ -110,5 +136,8 @@ mod tests {
         let limits = groups.limit("vm", 1, &Profile { cpus: 2, ..Profile::default() });
         assert!(limits.iter().all(|limit| limit.enforcement == "enforced"), "{limits:?}");
         assert_eq!(fs::read_to_string(directory.path().join("mine/vm/cpu.max")).unwrap(), "200000 100000");
+        // A host process that was started inside the leaf divides the group above it.
+        let again = prepare(directory.path(), "0::/mine/burgeon-server\n").unwrap();
+        assert_eq!(again, directory.path().join("mine"));
     }
 }

@@ -51,6 +51,11 @@ pub fn capacity() -> burgeon_api::profile::Capacity {
     burgeon_qemu::facts::capacity()
 }
 
+/// Called by the process that starts host and control, before it does.
+pub fn separate_from_vms() {
+    cgroup::separate();
+}
+
 /// How a VM is stopped on a user's request.
 pub fn stop_mode(force: bool) -> burgeon_api::host::StopMode {
     use burgeon_api::host::StopMode;

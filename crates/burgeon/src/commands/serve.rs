@@ -77,6 +77,7 @@ pub(super) async fn serve(context: &Context, arguments: ServeArguments) -> Resul
     {
         tracing::debug!(%error, "this process leads a session already");
     }
+    burgeon_host::separate_from_vms();
     let token = asked_to_end()?;
     let host = keep_up(&context.data, "host", Vec::new(), token.clone());
     let mut words = Vec::new();
