@@ -80,7 +80,7 @@ impl Vm {
         let mut connection = self.client.upgrade(&format!("/v1/vms/{}/exec", self.id))?;
         let upgraded = begun.elapsed();
         let spec = ExecSpec { argv: argv.iter().map(ToString::to_string).collect(), ..ExecSpec::default() };
-        let attach = Attach { exec: ExecId::generate(), spec, stdout_received: 0, stderr_received: 0 };
+        let attach = Attach { exec: ExecId::generate(), spec, resume: false, stdout_received: 0, stderr_received: 0 };
         let attach = serde_json::to_vec(&attach)?;
         let mut message = u32::try_from(attach.len())?.to_le_bytes().to_vec();
         message.extend(attach);

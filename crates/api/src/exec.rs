@@ -85,6 +85,10 @@ pub struct Attach {
     /// Chosen by the client. A second attach with the same id joins the running command.
     pub exec: ExecId,
     pub spec: ExecSpec,
+    /// The client had a connection for this command before: if the host does not know the command any
+    /// more it says so, and never runs it a second time.
+    #[serde(default)]
+    pub resume: bool,
     /// Bytes of output already received, to go on from there.
     #[serde(default)]
     pub stdout_received: u64,
@@ -114,8 +118,9 @@ pub enum Frame {
     Exit(Exit),
     /// Host to client, last: the session failed.
     Failed(Error),
-    /// Client to host: the user went away. The command is ended, as a terminal's hang-up does; without
-    /// this frame a lost connection only means that the client will come back.
+    /// Client to host: the session is over for the client, be it that it has the exit or that its user
+    /// went away; a command that still runs is ended. Without this frame a lost connection only means
+    /// that the client will come back.
     Hangup,
 }
 

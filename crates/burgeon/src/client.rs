@@ -67,7 +67,6 @@ impl Client {
     }
 
     fn start_server(&self) -> Result<std::process::Child> {
-        use std::os::unix::process::CommandExt;
         let program = std::env::current_exe().map_err(|error| Error::io("find this program", &error))?;
         let log = self.layout.data.join(SERVER_LOG);
         let log = fs::File::create(&log).map_err(|error| Error::io(format!("create {}", log.display()), &error))?;
@@ -80,7 +79,6 @@ impl Client {
             .stdout(log)
             .stderr(errors)
             .current_dir("/")
-            .process_group(0)
             .spawn()
             .map_err(|error| Error::io("start the server", &error))
     }

@@ -171,7 +171,8 @@ impl HostRunner {
             created_s: now_s(),
         };
         let profile = Profile { memory: job.memory, cpus: job.cpus, init: Init::None, ..Profile::default() };
-        let launch = Launch { id, name, image, image_directory: directory.display().to_string(), profile };
+        let launch =
+            Launch { id, name: name.clone(), image, image_directory: directory.display().to_string(), profile };
         state.host.launch(launch).await?;
         state.kick.notify_one();
         state
@@ -185,13 +186,26 @@ impl HostRunner {
             .await?;
         let outcome = self.run_script(id, job).await;
         drop(vm);
+        self.forget_initramfs(&name);
         outcome
+    }
+
+    /// What the host composed for this VM is of no use to another.
+    fn forget_initramfs(&self, name: &str) {
+        let Ok(entries) = std::fs::read_dir(self.state.layout.cache().join("initramfs")) else { return };
+        for entry in entries.flatten() {
+            if entry.file_name().to_string_lossy().starts_with(name)
+                && let Err(error) = std::fs::remove_file(entry.path())
+            {
+                tracing::debug!(%error, "a builder's initramfs stays");
+            }
+        }
     }
 
     async fn run_script(&self, vm: VmId, job: GuestJob<'_>) -> Result<GuestOutput> {
         let argv = ["/bin/busybox", "sh", "-c", job.script].map(str::to_string).to_vec();
         let spec = ExecSpec { argv, cwd: Some("/".into()), ..ExecSpec::default() };
-        let attach = Attach { exec: ExecId::generate(), spec, stdout_received: 0, stderr_received: 0 };
+        let attach = Attach { exec: ExecId::generate(), spec, resume: false, stdout_received: 0, stderr_received: 0 };
         let stream = self.state.host.stream(Request::Exec { vm, attach: Box::new(attach) }).await?;
         let (read, write) = stream.into_split();
         let (mut reader, mut writer) = (FrameReader::new(read), FrameWriter::new(write));

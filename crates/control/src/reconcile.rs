@@ -4,6 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use burgeon_api::{
+    Error, ErrorKind, Result, VmId,
     host::{Request, StopMode},
     vm::{Intent, Observed},
 };
@@ -43,7 +44,7 @@ pub(crate) async fn watch_host(state: Shared) {
                 state.kick.notify_one();
             }
         };
-        let outcome: burgeon_api::Result<()> = tokio::select! {
+        let outcome: Result<()> = tokio::select! {
             outcome = watching => outcome,
             () = state.shutdown.cancelled() => return,
         };
@@ -107,7 +108,7 @@ async fn keep_observed(state: &State, rows: &[VmRow], seen: &HostSeen) {
     }
 }
 
-fn publish(state: &State, host: burgeon_api::Result<Vec<burgeon_api::vm::HostVm>>) {
+fn publish(state: &State, host: Result<Vec<burgeon_api::vm::HostVm>>) {
     state.seen.send_modify(|seen| {
         let looks = seen.looks + 1;
         *seen = match host {
@@ -127,10 +128,12 @@ async fn act(state: &State, action: Action, row: Option<VmRow>) {
                     state.kick.notify_one();
                     Ok(())
                 }
-                Err(error) => Err(error),
+                // The host is away or slow: the launch may be asked for again.
+                Err(error) if matches!(error.kind, ErrorKind::Unavailable | ErrorKind::Deadline) => Err(error),
+                Err(error) => give_up(state, *id, &error).await,
             },
             // Without its image it can never start.
-            Err(error) => state.meta.set_observed(*id, Observed::Failed { reason: error.to_string() }, false).await,
+            Err(error) => give_up(state, *id, &error).await,
         },
         (Action::Stop { id }, _) => {
             let grace = u64::try_from(GRACE.as_millis()).unwrap_or(u64::MAX);
@@ -166,6 +169,13 @@ async fn act(state: &State, action: Action, row: Option<VmRow>) {
     if let Err(error) = outcome {
         tracing::warn!(vm = %name, ?action, %error, "will be tried again");
     }
+}
+
+/// A VM that cannot be launched has failed, with the reason.
+async fn give_up(state: &State, id: VmId, error: &Error) -> Result<()> {
+    state.meta.set_observed(id, Observed::Failed { reason: error.to_string() }, false).await?;
+    state.kick.notify_one();
+    Ok(())
 }
 
 /// Whether anything keeps an on-demand server from leaving.

@@ -9,8 +9,11 @@ use std::{
 use burgeon_api::{Error, Result, VmId};
 use rustix::fs::FlockOperation;
 
-/// A unix socket's path has 107 bytes; the longest below the data directory needs 31 of them.
-const LONGEST_DATA: usize = 76;
+/// A unix socket's path has 107 bytes; the longest below the data directory needs 33 of them.
+const LONGEST_DATA: usize = 74;
+
+/// A file that says whose directory this is, with the version of the layout.
+const MARKER: &str = "burgeon-data";
 
 /// The data directory. Everything of Burgeon lies below it.
 #[derive(Clone, Debug)]
@@ -33,6 +36,7 @@ impl Layout {
             .with_hint("choose a shorter one: --data DIR or BURGEON_DATA"));
         }
         let layout = Layout { data };
+        layout.claim()?;
         for directory in [layout.data.clone(), layout.vms(), layout.images(), layout.cache(), layout.temporary()] {
             fs::DirBuilder::new()
                 .recursive(true)
@@ -43,6 +47,32 @@ impl Layout {
         fs::set_permissions(&layout.data, fs::Permissions::from_mode(0o700))
             .map_err(|error| Error::io(format!("protect {}", layout.data.display()), &error))?;
         Ok(layout)
+    }
+
+    /// Makes sure that the directory is ours: empty, new, or marked by an earlier Burgeon. Another
+    /// one, such as /tmp, must not lose its permissions to us.
+    fn claim(&self) -> Result<()> {
+        let marker = self.data.join(MARKER);
+        if marker.exists() {
+            return Ok(());
+        }
+        let shown = self.data.display();
+        match fs::read_dir(&self.data).map(|mut entries| entries.next().is_some()) {
+            Ok(true) => {
+                return Err(Error::refused(format!("{shown} holds something, and is no data directory of Burgeon"))
+                    .with_hint("give an empty or a new directory: --data DIR or BURGEON_DATA"));
+            }
+            Ok(false) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                fs::DirBuilder::new()
+                    .recursive(true)
+                    .mode(0o700)
+                    .create(&self.data)
+                    .map_err(|error| Error::io(format!("create {shown}"), &error))?;
+            }
+            Err(error) => return Err(Error::io(format!("read {shown}"), &error)),
+        }
+        fs::write(&marker, "1\n").map_err(|error| Error::io(format!("write {}", marker.display()), &error))
     }
 
     pub fn vms(&self) -> PathBuf {
@@ -138,5 +168,11 @@ mod tests {
         let long = directory.path().join("x".repeat(90));
         assert!(Layout::create(&long).unwrap_err().message.contains("unix sockets"));
         assert!(!long.exists());
+        let foreign = directory.path().join("foreign");
+        fs::create_dir(&foreign).unwrap();
+        fs::write(foreign.join("letter"), "dear").unwrap();
+        let before = fs::metadata(&foreign).unwrap().permissions();
+        assert!(Layout::create(&foreign).unwrap_err().message.contains("no data directory"));
+        assert_eq!(fs::metadata(&foreign).unwrap().permissions(), before);
     }
 }

@@ -21,7 +21,8 @@ use sha2::{Digest, Sha256};
 
 use crate::layout::Layout;
 
-/// Makes everything that QEMU will open. Nothing outside `directory` (and the initramfs cache) changes.
+/// Makes everything that QEMU will open, in a new directory `q` below `directory`: what an earlier try
+/// has left there is not to be trusted. Nothing else (but the initramfs cache) changes.
 pub(crate) async fn prepare(
     layout: &Layout,
     directory: &Path,
@@ -29,6 +30,13 @@ pub(crate) async fn prepare(
     agent: &[u8],
     run_as: RunAs,
 ) -> Result<()> {
+    let directory = &directory.join(file::QEMU_DIRECTORY);
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Error::io("clear the VM's directory", &error));
+        }
+        _ => fs::create_dir(directory).map_err(|error| Error::io("create the VM's directory", &error))?,
+    }
     let image = PathBuf::from(&launch.image_directory);
     if launch.image.boot == Boot::Agent {
         link(&image.join(Image::KERNEL), &directory.join(file::KERNEL))?;
@@ -94,7 +102,21 @@ pub(crate) fn initramfs(layout: &Layout, image: &Path, about: &Image, agent: &[u
     let new = directory.join(unique);
     burgeon_image::compose_initramfs(image, agent, &new)?;
     fs::rename(&new, &path).map_err(|error| Error::io("keep an initramfs", &error))?;
+    forget_others(&directory, &about.name, &path);
     Ok(path)
+}
+
+/// Removes what was made for earlier builds of the image; running VMs hold links of their own.
+fn forget_others(directory: &Path, image: &str, keep: &Path) {
+    let Ok(entries) = fs::read_dir(directory) else { return };
+    for path in entries.flatten().map(|entry| entry.path()) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        // NAME-DIGEST-AGENT.cpio, where names may hold dashes and digests do not.
+        let of_image = name.strip_suffix(".cpio").and_then(|stem| stem.rsplitn(3, '-').nth(2)) == Some(image);
+        if of_image && path != keep && fs::remove_file(&path).is_err() {
+            tracing::debug!(path = %path.display(), "a stale initramfs stays");
+        }
+    }
 }
 
 /// A hard link, so that the image may be removed or replaced while the VM lives; a copy where links

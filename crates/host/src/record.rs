@@ -66,7 +66,7 @@ impl Record {
 /// Finds a QEMU that runs in `directory` although the record does not name it: the host process died
 /// between starting it and writing that down.
 pub(crate) fn find_unrecorded(directory: &Path) -> Option<Identity> {
-    let directory = fs::canonicalize(directory).ok()?;
+    let directory = fs::canonicalize(directory.join(file::QEMU_DIRECTORY)).ok()?;
     fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
         let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
         let cwd: PathBuf = fs::read_link(format!("/proc/{pid}/cwd")).ok()?;

@@ -6,7 +6,8 @@
 //!
 //! ```text
 //! attached --connection lost--> detached --attach with the same id--> attached
-//!     |  Hangup, or the VM ends     | nobody came for a while
+//!     |  Hangup (the client has the exit, or gives up), or the VM ends
+//!     |                             | nobody came for a while
 //!     v                             v
 //!   ended <-------------------------+
 //! ```
@@ -29,7 +30,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-/// A command whose client is gone is ended after this; its exit is kept for the same time.
+/// A command whose client is gone is ended after this; an exit that nobody confirmed is kept as long.
 const DETACHED: Duration = Duration::from_secs(60);
 
 /// A client that joins: its connection, and what it has received already.
@@ -153,9 +154,9 @@ fn not_started(error: Error) -> Frame {
 }
 
 /// Answers a client for whom there is no session.
-pub(crate) async fn refuse(attachment: Attachment, error: Error) {
+pub(crate) async fn refuse(attachment: Attachment, last: Frame) {
     let mut bytes = Vec::new();
-    Frame::Failed(error).encode(&mut bytes);
+    last.encode(&mut bytes);
     let mut stream = attachment.stream;
     if !matches!(tokio::time::timeout(Duration::from_secs(1), stream.write_all(&bytes)).await, Ok(Ok(()))) {
         tracing::debug!("a client did not wait for its refusal");
@@ -178,9 +179,6 @@ impl Session {
     async fn serve(&mut self, attachments: &mut mpsc::Receiver<Attachment>) {
         loop {
             self.fill_outgoing();
-            if self.is_delivered() {
-                return;
-            }
             let may_take = self.stdout.has_room() && self.stderr.has_room();
             let wants_input = !self.stdin.is_empty();
             let (stdin, events) = match &mut self.exec {
@@ -239,14 +237,6 @@ impl Session {
                 return;
             }
         }
-    }
-
-    /// Everything was said and, as far as the socket tells, received.
-    fn is_delivered(&self) -> bool {
-        self.exit.is_some()
-            && self.connection.as_ref().is_some_and(|connection| connection.exit_sent && connection.outgoing.is_empty())
-            && self.stdout.bytes.is_empty()
-            && self.stderr.bytes.is_empty()
     }
 
     fn join(&mut self, attachment: Attachment) {

@@ -19,7 +19,7 @@ use burgeon_api::{
     image::Boot,
     vm::{Accelerator, GuestView, Limit, PhaseTime},
 };
-use burgeon_guest::client::{AgentClient, Options as ChannelOptions};
+use burgeon_guest::client::{AgentClient, AgentEvent, Options as ChannelOptions};
 use burgeon_qemu::{
     command::{arguments, file},
     facts::Qemu,
@@ -87,7 +87,10 @@ impl Context {
                     Some(known) => known,
                     None if probe::device().is_err() || launch.image.boot == Boot::Agent => {
                         let found = self.probe(launch).await?;
-                        found.store(&self.layout.kvm_verdict());
+                        if probe::device().is_ok() {
+                            // What a guest has shown; a missing right may be given at any time.
+                            found.store(&self.layout.kvm_verdict());
+                        }
                         found
                     }
                     None => {
@@ -108,12 +111,13 @@ impl Context {
 
     async fn probe(&self, launch: &Launch) -> Result<Verdict> {
         let directory = self.layout.temporary().join(format!("kvm-probe-{}", std::process::id()));
-        std::fs::create_dir_all(&directory).map_err(|error| Error::io("prepare the KVM probe", &error))?;
+        let inside = directory.join(file::QEMU_DIRECTORY);
+        std::fs::create_dir_all(&inside).map_err(|error| Error::io("prepare the KVM probe", &error))?;
         let image = PathBuf::from(&launch.image_directory);
         let copied = (|| {
             let initramfs = prepare::initramfs(&self.layout, &image, &launch.image, self.agent)?;
             for (from, to) in [(initramfs, file::INITRAMFS), (image.join("vmlinuz"), file::KERNEL)] {
-                std::fs::copy(&from, directory.join(to)).map_err(|error| Error::io("prepare the KVM probe", &error))?;
+                std::fs::copy(&from, inside.join(to)).map_err(|error| Error::io("prepare the KVM probe", &error))?;
             }
             Ok(())
         })();
@@ -190,7 +194,13 @@ async fn try_once(
     prepare::prepare(&context.layout, directory, launch, context.agent, run_as).await?;
     phases.enter("start");
     let words = arguments(&prepare::machine(launch, accelerator));
-    let identity = process::start(&context.qemu.program, &words, directory, file::QEMU_LOG, run_as)?;
+    let identity = process::start(
+        &context.qemu.program,
+        &words,
+        &directory.join(file::QEMU_DIRECTORY),
+        &directory.join(file::QEMU_LOG),
+        run_as,
+    )?;
     let process = Arc::new(Process::hold(&identity).map_err(|_| {
         Error::internal(format!("QEMU ended at once: {}", log_tail(&directory.join(file::QEMU_LOG), 600)))
     })?);
@@ -256,10 +266,10 @@ fn standing_limits(run_as: RunAs) -> [Limit; 2] {
 async fn connect(directory: &Path, launch: &Launch, process: Arc<Process>, phases: &mut Phases<'_>) -> Result<Up> {
     let opened = async {
         let deadline = Instant::now() + MONITOR_DEADLINE;
-        let stream = connect_socket(&directory.join(file::CONSOLE), deadline).await?;
+        let stream = connect_socket(&directory.join(file::QEMU_DIRECTORY).join(file::CONSOLE), deadline).await?;
         let console = Console::attach(stream, directory);
         let qmp = loop {
-            match Qmp::connect(&directory.join(file::MONITOR), deadline).await {
+            match Qmp::connect(&directory.join(file::QEMU_DIRECTORY).join(file::MONITOR), deadline).await {
                 Ok(qmp) => break qmp,
                 Err(error) if error.kind == ErrorKind::Unavailable && Instant::now() < deadline => {
                     tokio::time::sleep(Duration::from_millis(2)).await;
@@ -318,12 +328,20 @@ async fn connect_socket(path: &Path, deadline: Instant) -> Result<UnixStream> {
 }
 
 async fn attach_agent(directory: &Path, name: &str, deadline: Instant) -> Result<(AgentClient, GuestView)> {
-    let stream = connect_socket(&directory.join(file::AGENT), deadline).await?;
+    let stream = connect_socket(&directory.join(file::QEMU_DIRECTORY).join(file::AGENT), deadline).await?;
     let mut session = [0; 16];
     rustix::rand::getrandom(&mut session, rustix::rand::GetRandomFlags::empty())
         .map_err(|error| Error::io("take random bytes", &error.into()))?;
     let client = AgentClient::connect(stream, ChannelOptions::new(session, name, clock_ns));
+    let mut events = client.events();
     let about = client.wait_ready(deadline).await?;
+    // A failed start is told right behind the welcome: an answer that comes after it makes sure of that.
+    client.figures().await?;
+    while let Ok(event) = events.try_recv() {
+        if let AgentEvent::BootFailed { stage, reason } = event {
+            return Err(Error::damaged(format!("the guest cannot start its system ({stage}): {reason}")));
+        }
+    }
     for warning in &about.warnings {
         tracing::warn!(vm = name, %warning, "the guest says");
     }
@@ -342,8 +360,8 @@ fn clock_ns() -> u64 {
 /// what does not answer is reported and tried again later, never taken for dead.
 pub(crate) async fn adopt(directory: &Path, launch: &Launch, process: Arc<Process>) -> Result<Up> {
     let deadline = Instant::now() + MONITOR_DEADLINE;
-    let qmp = Qmp::connect(&directory.join(file::MONITOR), deadline).await?;
-    let console = match UnixStream::connect(directory.join(file::CONSOLE)).await {
+    let qmp = Qmp::connect(&directory.join(file::QEMU_DIRECTORY).join(file::MONITOR), deadline).await?;
+    let console = match UnixStream::connect(directory.join(file::QEMU_DIRECTORY).join(file::CONSOLE)).await {
         Ok(stream) => Some(Console::attach(stream, directory)),
         Err(_) => None,
     };

@@ -16,6 +16,7 @@ use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 
 use burgeon_api::{
     ByteSize, Error, ExecId, Result,
+    exec::{Exit, Frame},
     host::{Launch, StopMode},
     image::Boot,
     vm::{Accelerator, HostVm, Observed},
@@ -213,12 +214,15 @@ enum Met {
     Retry,
     /// A process that is being removed and was never up is looked after.
     LookAgain,
+    /// The agent's channel is over, though QEMU runs.
+    ChannelEnded(Error),
 }
 
 impl Owner {
     async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
         loop {
             let process = self.up.as_ref().map(|up| up.process.clone());
+            let agent = self.up.as_ref().and_then(|up| up.agent.clone());
             let stop_at = self.stopping.as_ref().map(|(deadline, _)| *deadline);
             let far = Instant::now() + Duration::from_secs(3600);
             let met = tokio::select! {
@@ -231,6 +235,8 @@ impl Owner {
                     Met::Monitor(match event { Ok(event) => Some(event), Err(broadcast::error::RecvError::Lagged(_)) => continue, Err(broadcast::error::RecvError::Closed) => None }),
                 () = sleep_until(stop_at.unwrap_or(far)), if stop_at.is_some() => Met::StopOverdue,
                 () = sleep_until(self.retry_at.unwrap_or(far)), if self.retry_at.is_some() => Met::Retry,
+                error = async { match &agent { Some(agent) => channel_ended(agent).await, None => std::future::pending().await } } =>
+                    Met::ChannelEnded(error),
                 () = sleep(DYING), if self.removing.is_some() && process.is_none() => Met::LookAgain,
             };
             match met {
@@ -253,6 +259,7 @@ impl Owner {
                 }
                 Met::Retry => self.try_again(),
                 Met::LookAgain => {}
+                Met::ChannelEnded(error) => self.channel_lost(&error),
             }
             if self.removing.is_some() && self.up.is_none() && self.starting.is_none() && self.held().is_none() {
                 self.remove();
@@ -321,6 +328,17 @@ impl Owner {
             }
             Err(error) => self.finish(Observed::Failed { reason: error.to_string() }),
         }
+    }
+
+    /// The guest runs and its agent cannot be reached: taken up again as after a restart of ours.
+    fn channel_lost(&mut self, error: &Error) {
+        let reason = format!("the channel to its agent is over: {error}");
+        tracing::warn!(vm = %self.record.launch.name, %reason, "attached again");
+        self.up = None;
+        self.monitor = None;
+        self.sessions.clear();
+        self.publish(|view| view.observed = Observed::Unknown { reason });
+        self.retry_at = Some(Instant::now() + REATTACH);
     }
 
     fn try_again(&mut self) {
@@ -475,6 +493,14 @@ impl Owner {
             return;
         }
         let now = Instant::now();
+        if matches!(mode, StopMode::Graceful { .. }) && matches!(self.view.borrow().observed, Observed::Unknown { .. })
+        {
+            let name = &self.record.launch.name;
+            let error = Error::unavailable(format!("VM {name} does not answer, so its guest cannot be asked to stop"))
+                .with_hint(format!("end it by force: burgeon vm stop --force {name}"));
+            drop(done.send(Err(error)));
+            return;
+        }
         if let (StopMode::Graceful { .. }, Some((_, waiting))) = (mode, &mut self.stopping) {
             // Asked already; the guest need not hear it twice.
             waiting.push(done);
@@ -520,9 +546,10 @@ impl Owner {
             None => attachment,
         };
         let spec = attachment.attach.spec.clone();
-        if attachment.attach.stdout_received > 0 || attachment.attach.stderr_received > 0 {
-            session::refuse(attachment, Error::not_found("this command is not known any more: its session has ended"))
-                .await;
+        if attachment.attach.resume {
+            // Running it again might do its work twice.
+            let reason = "the command's session is gone: it ended with the host process that led it".to_string();
+            session::refuse(attachment, Frame::Exit(Exit::Lost { reason })).await;
             return;
         }
         let (sender, receiver) = mpsc::channel(4);
@@ -533,7 +560,7 @@ impl Owner {
                 tokio::spawn(session::run(agent, spec, receiver));
                 self.sessions.insert(id, sender);
             }
-            Err(error) => session::refuse(attachment, error).await,
+            Err(error) => session::refuse(attachment, Frame::Failed(error)).await,
         }
     }
 
@@ -555,6 +582,13 @@ impl Owner {
             }
         }
     }
+}
+
+/// Waits for the channel's end, and a while longer: when QEMU dies, its process says more.
+async fn channel_ended(agent: &AgentClient) -> Error {
+    let error = agent.wait_ended().await;
+    sleep(Duration::from_secs(2)).await;
+    error
 }
 
 /// Adds the figures that the host's kernel keeps of a VM's process.

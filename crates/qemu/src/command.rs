@@ -1,7 +1,8 @@
 //! QEMU's command line, computed from what the VM shall be. Pure: the same machine, the same words.
 //!
-//! QEMU is started inside the VM's directory and every path is relative to it, so that an
-//! unprivileged QEMU needs no right to any directory above.
+//! QEMU is started inside a directory of its own and every path is relative to it, so that an
+//! unprivileged QEMU needs no right to any directory above. The host process writes nothing there once
+//! QEMU runs: whoever took QEMU over could lead such a write elsewhere by a link.
 
 use burgeon_api::{
     ByteSize,
@@ -12,7 +13,11 @@ use burgeon_api::{
 
 /// Names of the files in a VM's directory.
 pub mod file {
+    /// Beside these three, which belong to the host process, QEMU's own directory.
     pub const RECORD: &str = "vm.json";
+    pub const QEMU_LOG: &str = "qemu.log";
+    pub const CONSOLE_LOG: &str = "console.log";
+    pub const QEMU_DIRECTORY: &str = "q";
     pub const MONITOR: &str = "qmp.sock";
     pub const AGENT: &str = "agent.sock";
     pub const CONSOLE: &str = "console.sock";
@@ -22,8 +27,6 @@ pub mod file {
     pub const OVERLAY: &str = "disk.qcow2";
     /// The directory that a foreign image sees as a NoCloud seed.
     pub const SEED: &str = "seed";
-    pub const QEMU_LOG: &str = "qemu.log";
-    pub const CONSOLE_LOG: &str = "console.log";
 }
 
 /// The name under which the guest finds the agent's channel.
@@ -133,6 +136,8 @@ fn kernel_command_line(machine: &Machine) -> String {
         }
     }
     words.push(format!("burgeon.name={}", machine.name));
+    // systemd would else take the name in the image's /etc/hostname.
+    words.push(format!("systemd.hostname={}", machine.name));
     let own_root = machine.kernel_parameters.iter().any(|word| word.starts_with("burgeon.root="));
     if machine.disk && !own_root {
         words.push("burgeon.root=/dev/vda".into());

@@ -95,8 +95,8 @@ pub fn device() -> std::result::Result<(), String> {
     }
 }
 
-/// Boots the kernel and initramfs that lie in `directory` under KVM. The directory belongs to the
-/// probe; the caller removes it.
+/// Boots the kernel and initramfs that lie in the directory `q` below `directory` under KVM. The
+/// directory belongs to the probe; the caller removes it.
 pub async fn probe(qemu: &Qemu, directory: &Path) -> Verdict {
     let verdict = |kvm_works, reason: String| Verdict {
         host_boot_id: host_boot_id(),
@@ -137,12 +137,13 @@ async fn guest_speaks(qemu: &Qemu, directory: &Path) -> Result<Duration> {
     let begun = Instant::now();
     // The same user as the VMs will have, so that the probe proves what will be done.
     let run_as = run_as(0, Accelerator::Kvm);
-    give_directory(directory, run_as)?;
-    let identity = start(&qemu.program, &arguments(&machine), directory, file::QEMU_LOG, run_as)?;
+    let inside = directory.join(file::QEMU_DIRECTORY);
+    give_directory(&inside, run_as)?;
+    let identity = start(&qemu.program, &arguments(&machine), &inside, &directory.join(file::QEMU_LOG), run_as)?;
     let process = Process::hold(&identity)?;
     let spoken = async {
         let mut agent = loop {
-            match UnixStream::connect(directory.join(file::AGENT)).await {
+            match UnixStream::connect(inside.join(file::AGENT)).await {
                 Ok(stream) => break stream,
                 Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
             }

@@ -116,14 +116,13 @@ impl Process {
 /// Starts QEMU in `directory` with `arguments`.
 ///
 /// It gets a session of its own and no descriptor of ours, so that it outlives this process; what it
-/// says goes to `log` in that directory.
+/// says goes to `log`, which lies outside that directory.
 ///
 /// # Errors
 /// `Internal` or `Refused` with the system's reason.
-pub fn start(program: &Path, arguments: &[String], directory: &Path, log: &str, run_as: RunAs) -> Result<Identity> {
-    let log_path = directory.join(log);
-    let output = fs::File::create(&log_path).map_err(|error| Error::io(format!("create {log}"), &error))?;
-    let errors = output.try_clone().map_err(|error| Error::io(format!("share {log}"), &error))?;
+pub fn start(program: &Path, arguments: &[String], directory: &Path, log: &Path, run_as: RunAs) -> Result<Identity> {
+    let output = fs::File::create(log).map_err(|error| Error::io(format!("create {}", log.display()), &error))?;
+    let errors = output.try_clone().map_err(|error| Error::io("share QEMU's log", &error))?;
     // Opened now: below a home directory of mode 0700 the path would not be reachable for another user.
     let entered = fs::File::open(directory).map_err(|error| Error::io("open the VM's directory", &error))?;
     let mut command = Command::new(program);
@@ -153,7 +152,7 @@ pub fn start(program: &Path, arguments: &[String], directory: &Path, log: &str, 
     let pid = child.id();
     // The handle is dropped on purpose: `Process::reap` collects the status through a pidfd.
     drop(child);
-    identity_of(pid).ok_or_else(|| Error::internal(format!("QEMU ended at once: {}", log_tail(&log_path, 600))))
+    identity_of(pid).ok_or_else(|| Error::internal(format!("QEMU ended at once: {}", log_tail(log, 600))))
 }
 
 /// Makes a VM's directory its own: only QEMU's user (and root) may enter it.
@@ -232,9 +231,14 @@ mod tests {
     #[tokio::test]
     async fn a_started_process_is_watched_and_ended() {
         let directory = tempfile::tempdir().unwrap();
-        let identity =
-            start(Path::new("/bin/sleep"), &["60".into()], directory.path(), "log", run_as(7, Accelerator::Tcg))
-                .unwrap();
+        let identity = start(
+            Path::new("/bin/sleep"),
+            &["60".into()],
+            directory.path(),
+            &directory.path().join("log"),
+            run_as(7, Accelerator::Tcg),
+        )
+        .unwrap();
         let process = Process::hold(&identity).unwrap();
         process.kill();
         tokio::time::timeout(Duration::from_secs(10), process.ended()).await.unwrap();

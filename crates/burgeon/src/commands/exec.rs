@@ -95,6 +95,8 @@ struct Session<'a> {
     input_ended: bool,
     end_sent: bool,
     interrupts: u32,
+    /// Since when there is no session; attached again, it starts anew.
+    lost_since: Option<Instant>,
 }
 
 enum Met {
@@ -131,7 +133,7 @@ impl<'a> Session<'a> {
         Ok(Self {
             client,
             path: format!("/v1/vms/{}/exec", escape(vm)),
-            attach: Attach { exec: ExecId::generate(), spec, stdout_received: 0, stderr_received: 0 },
+            attach: Attach { exec: ExecId::generate(), spec, resume: false, stdout_received: 0, stderr_received: 0 },
             interactive,
             input,
             unacknowledged: VecDeque::new(),
@@ -140,27 +142,28 @@ impl<'a> Session<'a> {
             input_ended: false,
             end_sent: false,
             interrupts: 0,
+            lost_since: None,
         })
     }
 
     async fn run(mut self) -> Result<u8> {
-        let mut lost_since: Option<Instant> = None;
         loop {
             let attempt = async {
                 let (reader, writer) = self.connect().await?;
                 self.drive(reader, writer).await
             };
-            match attempt.await {
+            let error = match attempt.await {
                 Ok(Some(code)) => return Ok(code),
-                Ok(None) => lost_since = Some(Instant::now()),
-                Err(error) if error.kind == ErrorKind::Unavailable && lost_since.is_some() => {
-                    if lost_since.is_some_and(|since| since.elapsed() > RECONNECT) {
-                        return Err(error);
-                    }
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
+                Ok(None) => Error::unavailable("the server broke the session off"),
+                Err(error) if error.kind == ErrorKind::Unavailable && self.attach.resume => error,
                 Err(error) => return Err(error),
+            };
+            // Whether the command was begun is not known; it must not be begun again.
+            self.attach.resume = true;
+            if self.lost_since.get_or_insert_with(Instant::now).elapsed() > RECONNECT {
+                return Err(error);
             }
+            tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
 
@@ -231,6 +234,7 @@ impl<'a> Session<'a> {
                         self.taken(total);
                     } else {
                         attached = true;
+                        self.lost_since = None;
                         self.resend(total);
                     }
                 }

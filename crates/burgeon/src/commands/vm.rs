@@ -278,13 +278,16 @@ async fn display(context: &Context, vm: &str, socket: Option<PathBuf>) -> Result
     let listener =
         UnixListener::bind(&socket).map_err(|error| Error::io(format!("listen on {}", socket.display()), &error))?;
     let _remove = RemoveOnDrop(socket.clone());
+    std::fs::set_permissions(&socket, std::os::unix::fs::PermissionsExt::from_mode(0o600))
+        .map_err(|error| Error::io("protect the socket", &error))?;
     output::print(&format!("{}\n", socket.display()));
     output::note("VNC clients may connect there; Ctrl-C ends it");
-    let ended = tokio::signal::ctrl_c();
-    tokio::pin!(ended);
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
+        .map_err(|error| Error::io("wait for signals", &error))?;
     loop {
         tokio::select! {
-            _ = &mut ended => return Ok(0),
+            _ = tokio::signal::ctrl_c() => return Ok(0),
+            _ = terminate.recv() => return Ok(0),
             accepted = listener.accept() => {
                 let (mut viewer, _) = accepted.map_err(|error| Error::io("accept a viewer", &error))?;
                 let (client, path) = (client.clone(), format!("{}/display", path(vm)));

@@ -38,6 +38,7 @@ fn every_refusal_says_what_and_where() {
         (&["run", good, "--input", "missing"][..], "missing"),
         (&["run", good, "--input", "in", "--out", "in/out"], "inside the input"),
         (&["run", "missing.toml", "--input", "in"], "missing.toml"),
+        (&["run", good, "--input", "in", "--out", "good.toml/out"], "good.toml/out"),
         (&["vm", "create", "ghost"], "ghost"),
         (&["vm", "create", "tiny", "--name", "Bad Name"], "Bad Name"),
         (&["vm", "create", "tiny", "--profile", "gigantic"], "gigantic"),
@@ -65,6 +66,9 @@ fn every_refusal_says_what_and_where() {
         assert!(done.code == 1 && done.stderr.contains(word), "{text}: {done:?}");
     }
     assert_eq!(lab.run(&["no-such-verb"]).code, 2);
+    // Somebody else's directory is not taken, nor are its permissions.
+    let output = lab.command_in(lab.path("in").parent().unwrap(), &["ps"]).output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no data directory"), "{output:?}");
     // Nothing came of any of it.
     assert_eq!(lab.run(&["ps", "-q"]).good().stdout, "");
     assert_eq!(lab.json(&["pipeline", "ls"]).as_array().unwrap().len(), 0);

@@ -70,7 +70,8 @@ fn foreign_images_boot_with_a_console_a_seed_and_no_agent() {
             "{refused:?}"
         );
     }
-    let seed = fs::read_dir(lab.data().join("vms")).unwrap().flatten().map(|entry| entry.path().join("seed/meta-data"));
+    let seed =
+        fs::read_dir(lab.data().join("vms")).unwrap().flatten().map(|entry| entry.path().join("q/seed/meta-data"));
     assert!(seed.into_iter().all(|file| fs::read_to_string(file).unwrap().contains("local-hostname: from-")));
     lab.run(&["image", "rm", "from-raw"]).good();
     assert_eq!(lab.run(&["image", "ls", "-q"]).good().stdout, "from-qcow\n");

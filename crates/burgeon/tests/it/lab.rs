@@ -46,6 +46,7 @@ impl Lab {
         let directory = tempfile::Builder::new().prefix("bg").tempdir_in("/tmp").unwrap();
         let lab = Lab { directory };
         fs::create_dir_all(lab.data().join("images")).unwrap();
+        fs::write(lab.data().join("burgeon-data"), "1\n").unwrap();
         for image in images {
             let from = cached_image(image);
             let to = lab.data().join("images").join(image);
@@ -76,8 +77,13 @@ impl Lab {
     }
 
     pub(crate) fn command(&self, words: &[&str]) -> Command {
+        self.command_in(&self.data(), words)
+    }
+
+    /// A command with another data directory.
+    pub(crate) fn command_in(&self, data: &Path, words: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_burgeon"));
-        command.arg("--data").arg(self.data()).args(words).current_dir(self.directory.path());
+        command.arg("--data").arg(data).args(words).current_dir(self.directory.path());
         command.env_remove("BURGEON_DATA").env("BURGEON_ACCEL", accelerator()).env("NO_COLOR", "1");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command

@@ -141,3 +141,22 @@ fn a_desktop_shows_its_screen_by_vnc() {
     assert!(display.wait().unwrap().success());
     assert!(!socket.exists());
 }
+
+#[test]
+fn every_command_runs_once() {
+    let lab = Lab::new(&["tiny"]);
+    lab.vm("tiny", "one", "tiny");
+    for _ in 0..6 {
+        // Several at once, with their input at its end before they begin.
+        let running: Vec<_> = (0..10)
+            .map(|_| {
+                lab.command(&["exec", "one", "--", "/bin/busybox", "sh", "-c", "echo x >>/tmp/n"]).spawn().unwrap()
+            })
+            .collect();
+        for command in running {
+            finish(command).good();
+        }
+    }
+    let lines = lab.run(&["exec", "one", "--", "/bin/busybox", "wc", "-l", "/tmp/n"]).good().stdout;
+    assert!(lines.starts_with("60 "), "{lines}");
+}

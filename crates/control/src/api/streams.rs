@@ -94,8 +94,14 @@ async fn relay(client: Upgraded, host: UnixStream, hangup: bool) {
     let (mut from_client, mut to_client) = tokio::io::split(client);
     let (mut from_host, mut to_host) = host.into_split();
     let up = async {
-        let ended = tokio::io::copy(&mut from_client, &mut to_host).await;
-        if hangup && (ended.is_ok() || ended.is_err()) {
+        let mut buffer = vec![0; 64 << 10];
+        while let Ok(count @ 1..) = from_client.read(&mut buffer).await {
+            if to_host.write_all(&buffer[..count]).await.is_err() {
+                // The host has said all it has to say; that is still on its way down.
+                return std::future::pending().await;
+            }
+        }
+        if hangup {
             let mut bytes = Vec::new();
             Frame::Hangup.encode(&mut bytes);
             // The session may have ended by itself.

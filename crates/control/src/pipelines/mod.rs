@@ -94,6 +94,12 @@ pub(crate) async fn start(state: &Shared, request: RunPipeline) -> Result<Pipeli
         return Err(Error::invalid("the output lies inside the input: its files would be work of the next run")
             .with_hint("give another directory with --out"));
     }
+    // Better now than after all the work.
+    let near = output.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    if !near.is_dir() || rustix::fs::access(near, rustix::fs::Access::WRITE_OK).is_err() {
+        return Err(Error::refused(format!("the output {} cannot be written", output.display()))
+            .with_hint("give another directory with --out"));
+    }
     let steps = graph
         .steps
         .iter()

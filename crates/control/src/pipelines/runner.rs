@@ -171,6 +171,8 @@ impl Runner {
         };
         runner.row.view.times.image_ms = image_ms;
         runner.row.view.state = RunState::Running;
+        // The input is walked anew, by this process.
+        runner.row.view.skipped = 0;
         Ok((runner, told))
     }
 
@@ -526,15 +528,18 @@ impl VmStart {
             _ => self.state.create_vm(row).await?.id,
         };
         self.id.send_replace(Some(id));
-        self.state
-            .when(|seen| match seen.vms.iter().find(|vm| vm.id == id).map(|vm| &vm.observed) {
-                Some(Observed::Running) if seen.unreachable.is_none() => Some(Ok(())),
-                Some(Observed::Failed { reason } | Observed::Stopped { reason }) => {
-                    Some(Err(Error::unavailable(format!("VM {}: {reason}", self.name))))
+        loop {
+            let looks = self.state.seen.borrow().looks;
+            let view = self.state.view(self.state.meta.vm(&id.to_string()).await?);
+            match view.observed {
+                Observed::Running => break,
+                Observed::Failed { reason } | Observed::Stopped { reason } => {
+                    return Err(Error::unavailable(format!("VM {}: {reason}", self.name)));
                 }
-                _ => None,
-            })
-            .await?;
+                _ => {}
+            }
+            self.state.when(|seen| (seen.looks > looks).then_some(Ok(()))).await?;
+        }
         // What an earlier control process had running in it.
         self.state.host.end_sessions(id).await?;
         for file in &self.step.files {

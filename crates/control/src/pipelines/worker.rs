@@ -46,7 +46,7 @@ pub(crate) async fn run(
     mut work: mpsc::Receiver<Work>,
     answers: &mpsc::Sender<Answer>,
 ) -> Result<()> {
-    let attach = Attach { exec: ExecId::generate(), spec, stdout_received: 0, stderr_received: 0 };
+    let attach = Attach { exec: ExecId::generate(), spec, resume: false, stdout_received: 0, stderr_received: 0 };
     let stream = host.stream(Request::Exec { vm, attach: Box::new(attach) }).await?;
     let (read, write) = stream.into_split();
     let (mut reader, mut writer) = (FrameReader::new(read), FrameWriter::new(write));
@@ -90,7 +90,10 @@ pub(crate) async fn run(
                     writer.send(&Frame::OutputReceived { stdout: stdout_received, stderr: stderr_received }).await?;
                 }
                 Some(Frame::StdinReceived(taken)) => window.taken = taken,
-                Some(Frame::Exit(exit)) => return Err(ended(&exit, &stderr)),
+                Some(Frame::Exit(exit)) => {
+                    writer.send(&Frame::Hangup).await?;
+                    return Err(ended(&exit, &stderr));
+                }
                 Some(Frame::Failed(error)) => return Err(error),
                 Some(_) => return Err(Error::damaged("the host process sent a frame that only clients send")),
                 None => return Err(Error::unavailable("the host process closed the session")),
