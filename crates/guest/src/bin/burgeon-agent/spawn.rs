@@ -1,30 +1,26 @@
-//! Starting a command: what is prepared beforehand, and what the child does until it is another program.
+//! Starting a command: what is prepared before the fork, and what the child does until it is another program.
 //!
-//! The child runs in the agent's own memory, beside it (see [`sys::spawn_sharing`]). It tells a failure through a pipe
-//! that closes by itself when the program starts, so the agent never waits for a slow disk: the end of that pipe is one
-//! more thing it polls. Until that end has come the child may use its [`Launch`], which is therefore kept.
+//! The child tells a failure through a pipe that closes by itself when the program starts, so the agent
+//! never waits for a slow disk: the end of that pipe is one more thing it polls.
 
 use std::{
-    cell::Cell,
-    ffi::{CString, c_char, c_void},
+    ffi::CString,
     fs::File,
-    io::{self, Read},
-    os::fd::{AsRawFd, OwnedFd},
-    ptr,
-    time::Duration,
+    io::{self, Read, Write},
+    os::fd::OwnedFd,
 };
 
 use burgeon_guest::protocol::{Exec, Failure, FailureKind, TerminalSize};
 use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
-    fs::OFlags,
+    fs::{Gid, OFlags, Uid},
     pipe::{PipeFlags, pipe_with},
     pty::OpenptFlags,
     termios::Winsize,
 };
 
 use crate::{
-    freeze, sys,
+    freeze,
+    sys::{self, Fork},
     users::{self, User},
 };
 
@@ -32,89 +28,27 @@ const PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/b
 /// Room in each pipe: as much as the credit of its stream.
 const PIPE_BYTES: usize = 262_144;
 
-/// How long the end of a child is waited for that has been killed while it used the agent's memory.
-const PATIENCE: Duration = Duration::from_secs(1);
-
-/// A command whose child has been made; whether its program runs is told by `start`.
+/// A command that has been forked; whether its program runs is told by `start`.
 pub(crate) struct Spawned {
     pub(crate) pid: i32,
-    pub(crate) start: Start,
+    pub(crate) start: File,
     pub(crate) input: OwnedFd,
     pub(crate) output: OwnedFd,
     /// Absent with a terminal.
     pub(crate) errors: Option<OwnedFd>,
 }
 
-/// A child that is not yet known to be another program.
-pub(crate) struct Start {
-    pub(crate) pipe: File,
-    pid: i32,
-    /// What it told; it may still run for a moment after that.
-    told: Option<[u8; TOLD_BYTES]>,
-    /// `None` once the child is out of the agent's memory.
-    launch: Option<Launch>,
-}
-
-/// A stage, then an error number.
-const TOLD_BYTES: usize = 5;
-
-/// What the child has of the agent's memory. Boxed, so that it stays where it is.
-struct Launch {
-    _stack: sys::Stack,
-    _plan: Box<Plan>,
-}
-
-impl Drop for Start {
-    fn drop(&mut self) {
-        let Some(launch) = self.launch.take() else { return };
-        // The command is given up before its start. A process that was taken already has closed the pipe.
-        let _gone_already = sys::kill(self.pid, libc::SIGKILL);
-        let patience = Timespec { tv_sec: i64::try_from(PATIENCE.as_secs()).unwrap_or(1), tv_nsec: 0 };
-        loop {
-            let mut fds = [PollFd::new(&self.pipe, PollFlags::IN)];
-            match poll(&mut fds, Some(&patience)) {
-                Ok(0) => break,
-                Ok(_) => match self.pipe.read(&mut [0; TOLD_BYTES]) {
-                    Ok(0) => return,
-                    _ => continue,
-                },
-                Err(rustix::io::Errno::INTR) => continue,
-                Err(_) => break,
-            }
-        }
-        // It hangs in the kernel: its memory is never given back, so that it cannot do harm.
-        std::mem::forget(launch);
-    }
-}
-
-/// Words as execve(2) wants them: pointers, ended by a null.
-struct Words {
-    _text: Vec<CString>,
-    pointers: Vec<Cell<*const c_char>>,
-}
-
-impl Words {
-    fn new(text: Vec<CString>) -> Self {
-        let pointers = text.iter().map(|word| Cell::new(word.as_ptr())).chain([Cell::new(ptr::null())]).collect();
-        Self { _text: text, pointers }
-    }
-}
-
-/// What the child needs; it allocates nothing itself.
+/// What the child needs; made before the fork.
 struct Plan {
     programs: Vec<CString>,
-    argv: Words,
-    /// The shell, a place for the program, and the rest of the words: for a script without "#!".
-    script: Words,
-    env: Words,
+    argv: Vec<CString>,
+    env: Vec<CString>,
     cwd: CString,
     cwd_is_home: bool,
     user: User,
     change_user: bool,
     stdio: [OwnedFd; 3],
     terminal: bool,
-    signals: &'static [usize],
-    tell: OwnedFd,
 }
 
 #[derive(Clone, Copy)]
@@ -143,11 +77,11 @@ pub(crate) fn io_failure(action: &str, error: &io::Error) -> Failure {
     failure(kind, format!("{action}: {error}"))
 }
 
-/// Makes the child that becomes the command of `request`.
+/// Forks the command of `request`.
 pub(crate) fn spawn(request: &Exec, cgroup: Option<&str>) -> Result<Spawned, Failure> {
     let system = |error: rustix::io::Errno| io_failure("cannot make pipes", &error.into());
     let pipe = || -> Result<(OwnedFd, OwnedFd), Failure> { pipe_with(PipeFlags::CLOEXEC).map_err(system) };
-    let (start, tell) = pipe()?;
+    let (start, start_child) = pipe()?;
     let nonblocking = |fd: &OwnedFd| rustix::io::ioctl_fionbio(fd, true).map_err(system);
     nonblocking(&start)?;
 
@@ -170,18 +104,26 @@ pub(crate) fn spawn(request: &Exec, cgroup: Option<&str>) -> Result<Spawned, Fai
         (input, output, Some(errors), [input_child, output_child, errors_child])
     };
 
-    let plan = Box::new(plan(request, stdio, tell)?);
-    let mut stack = sys::Stack::new();
-    let directory = cgroup.and_then(|cgroup| freeze::directory(cgroup).ok());
-    // SAFETY: `Start` keeps the stack and the plan, which nobody else uses, until the child's end of the pipe is closed:
-    // the kernel does that after it has taken the agent's memory from the child. The child's way is `child`, which keeps
-    // the rules.
-    let pid = unsafe { sys::spawn_sharing(&mut stack, directory.as_ref(), child, (&raw const *plan).cast()) }
-        .map_err(|error| io_failure("cannot fork", &error))?;
-    // The child has copies. Its end of the pipe must be the only one.
-    let plan = Plan::close_own(plan);
-    let start = Start { pipe: start.into(), pid, told: None, launch: Some(Launch { _stack: stack, _plan: plan }) };
-    Ok(Spawned { pid, start, input, output, errors })
+    let plan = plan(request, stdio)?;
+    match fork(cgroup).map_err(|error| io_failure("cannot fork", &error))? {
+        Fork::Parent(pid) => Ok(Spawned { pid, start: start.into(), input, output, errors }),
+        Fork::Child => {
+            let (stage, error) = become_program(&plan);
+            let mut message = [stage as u8, 0, 0, 0, 0];
+            message[1..].copy_from_slice(&error.raw_os_error().unwrap_or(libc::EIO).to_le_bytes());
+            let _lost_with_the_parent = File::from(start_child).write_all(&message);
+            sys::exit_now(127)
+        }
+    }
+}
+
+/// Forks into the cgroup, or, where the kernel does not offer that, without it: the command then runs all the same.
+fn fork(cgroup: Option<&str>) -> io::Result<Fork> {
+    let into = cgroup.and_then(|cgroup| freeze::directory(cgroup).ok()).map(|directory| sys::fork_into(&directory));
+    match into {
+        Some(Ok(fork)) => Ok(fork),
+        Some(Err(_)) | None => sys::fork(),
+    }
 }
 
 fn terminal(size: TerminalSize) -> io::Result<(OwnedFd, OwnedFd)> {
