@@ -54,6 +54,10 @@ pub(crate) fn normalise(tree: &mut Tree, epoch: u64) -> Result<()> {
     for path in REMOVED {
         tree.remove(path.as_bytes())?;
     }
+    // Keys of a server belong to one machine; it makes its own at its first start.
+    for path in tree.below(b"etc/ssh").into_iter().filter(|path| path.starts_with(b"etc/ssh/ssh_host_")) {
+        tree.remove(&path)?;
+    }
     let logs = tree.below(b"var/log").into_iter().filter(|path| is_file(tree, path)).collect::<Vec<_>>();
     for path in logs {
         // Some are made with an owner of their own and expected to be there; those stay, empty.

@@ -323,7 +323,8 @@ async fn ssh(context: &Context, vm: &str, arguments: &[String]) -> Result<u8> {
     copy::put_bytes(&client, vm, "/run/burgeon/authorized_keys", "0600", key.into()).await?;
     let program = std::env::current_exe().map_err(|error| Error::io("find this program", &error))?;
     let quote = |text: &str| format!("'{}'", text.replace('\'', "'\\''").replace('%', "%%"));
-    let server = "mkdir -p /run/sshd && exec /usr/sbin/sshd -i -o AuthorizedKeysFile=/run/burgeon/authorized_keys -o PermitRootLogin=prohibit-password -o UsePAM=no";
+    // Host keys are made where the image has none of its own.
+    let server = "mkdir -p /run/sshd && ssh-keygen -A >/dev/null && exec /usr/sbin/sshd -i -o AuthorizedKeysFile=/run/burgeon/authorized_keys -o PermitRootLogin=prohibit-password";
     let proxy = format!(
         "{} --data {} exec {} -- /bin/sh -c {}",
         quote(&program.display().to_string()),
