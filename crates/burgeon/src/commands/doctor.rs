@@ -93,6 +93,8 @@ fn programs() -> Vec<Finding> {
         ("mke2fs", "image build", "apt-get install e2fsprogs", false),
         ("debugfs", "image build", "apt-get install e2fsprogs", false),
         ("apt-get", "image build", "build images on a Debian machine, and import them here", false),
+        ("xz", "image build and import", "apt-get install xz-utils", false),
+        ("zstd", "image import", "apt-get install zstd", false),
         ("dpkg-deb", "image build", "build images on a Debian machine, and import them here", false),
     ]
     .into_iter()

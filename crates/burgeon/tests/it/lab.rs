@@ -158,8 +158,16 @@ fn command_line(pid: u32) -> String {
 }
 
 pub(crate) fn kill(pid: u32, signal: &str) {
-    let status = Command::new("kill").arg(format!("-{signal}")).arg(pid.to_string()).status().unwrap();
-    assert!(status.success(), "kill -{signal} {pid}");
+    send(pid, signal).unwrap_or_else(|error| panic!("kill -{signal} {pid}: {error}"));
+}
+
+fn send(pid: u32, signal: &str) -> rustix::io::Result<()> {
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    let signal = match signal {
+        "INT" => rustix::process::Signal::INT,
+        _ => rustix::process::Signal::KILL,
+    };
+    rustix::process::kill_process(pid, signal)
 }
 
 pub(crate) fn is_running(pid: u32) -> bool {
@@ -206,8 +214,9 @@ impl Drop for Lab {
         let ours = |pid: &u32| command_line(*pid).contains(&format!("--data {} ", data.display()));
         let servers: Vec<u32> = processes().into_iter().filter(ours).collect();
         for pid in servers.iter().chain(&self.qemus()) {
-            // It may have ended by itself.
-            drop(Command::new("kill").args(["-KILL", &pid.to_string()]).stderr(Stdio::null()).status());
+            if send(*pid, "KILL").is_err() {
+                eprintln!("process {pid} had ended by itself");
+            }
         }
         if std::thread::panicking() {
             let log = fs::read_to_string(data.join("serve.log")).unwrap_or_default();
