@@ -95,6 +95,8 @@ struct Owner {
     guest_reason: Option<String>,
     monitor: Option<broadcast::Receiver<Event>>,
     retry_at: Option<Instant>,
+    /// The guest is paused because its disk could not be written; when to let it try again.
+    disk_retry_at: Option<Instant>,
 }
 
 /// Begins a launch: the directory is made and the record written before this returns.
@@ -194,6 +196,7 @@ fn spawn(
         guest_reason: None,
         monitor: None,
         retry_at: None,
+        disk_retry_at: None,
     };
     drop(owner.changes.send(first));
     tokio::spawn(owner.run(receiver));
@@ -212,6 +215,7 @@ enum Met {
     Monitor(Option<Event>),
     StopOverdue,
     Retry,
+    DiskRetry,
     /// A process that is being removed and was never up is looked after.
     LookAgain,
     /// The agent's channel is over, though QEMU runs.
@@ -235,6 +239,7 @@ impl Owner {
                     Met::Monitor(match event { Ok(event) => Some(event), Err(broadcast::error::RecvError::Lagged(_)) => continue, Err(broadcast::error::RecvError::Closed) => None }),
                 () = sleep_until(stop_at.unwrap_or(far)), if stop_at.is_some() => Met::StopOverdue,
                 () = sleep_until(self.retry_at.unwrap_or(far)), if self.retry_at.is_some() => Met::Retry,
+                () = sleep_until(self.disk_retry_at.unwrap_or(far)), if self.disk_retry_at.is_some() => Met::DiskRetry,
                 error = async { match &agent { Some(agent) => channel_ended(agent).await, None => std::future::pending().await } } =>
                     Met::ChannelEnded(error),
                 () = sleep(DYING), if self.removing.is_some() && process.is_none() => Met::LookAgain,
@@ -258,6 +263,7 @@ impl Owner {
                     self.stopping = self.stopping.take().map(|(_, waiting)| (far, waiting));
                 }
                 Met::Retry => self.try_again(),
+                Met::DiskRetry => self.try_disk_again(),
                 Met::LookAgain => {}
                 Met::ChannelEnded(error) => self.channel_lost(&error),
             }
@@ -330,6 +336,20 @@ impl Owner {
         }
     }
 
+    /// Lets the guest write again. If that fails too, QEMU says so and pauses it once more.
+    fn try_disk_again(&mut self) {
+        self.disk_retry_at = None;
+        let Some(up) = &self.up else { return };
+        let qmp = up.qmp.clone();
+        let name = self.record.launch.name.clone();
+        tokio::spawn(async move {
+            if let Err(error) = qmp.execute("cont", Value::Null).await {
+                tracing::warn!(vm = %name, %error, "the paused guest does not go on");
+            }
+        });
+        self.publish(|view| view.observed = Observed::Running);
+    }
+
     /// The guest runs and its agent cannot be reached: taken up again as after a restart of ours.
     fn channel_lost(&mut self, error: &Error) {
         let reason = format!("the channel to its agent is over: {error}");
@@ -372,6 +392,13 @@ impl Owner {
             "BLOCK_IO_ERROR" => {
                 let reason = event.data["reason"].as_str().unwrap_or("unknown").to_string();
                 tracing::error!(vm = %self.record.launch.name, reason, "the VM's disk fails");
+                if event.data["action"] == "stop" {
+                    let reason = format!(
+                        "the guest is paused, because its disk cannot be written ({reason}); it is let go on every 5 s"
+                    );
+                    self.publish(|view| view.observed = Observed::Unknown { reason });
+                    self.disk_retry_at = Some(Instant::now() + REATTACH);
+                }
             }
             _ => {}
         }
@@ -409,6 +436,7 @@ impl Owner {
     fn finish(&mut self, observed: Observed) {
         self.up = None;
         self.retry_at = None;
+        self.disk_retry_at = None;
         self.sessions.clear();
         if let Some(process) = self.held() {
             // A failed start: nothing of it may stay behind.
