@@ -65,7 +65,7 @@ pub(crate) fn boot(workspace: &Workspace, image: &str, profile: &Profile) -> Res
     let words = fs::read_to_string(format!("/proc/{pid}/cmdline")).context("read the VM's command line")?;
     let command_line = words.split_terminator('\0').map(str::to_string).collect();
     let text = id.uuid().simple().to_string();
-    let directory = workspace.data().join("vms").join(&text[20..]);
+    let directory = workspace.data().join("vms").join(&text[20..]).join("q");
     Ok((Vm { client, id, accelerator: on_host.accelerator, directory, command_line }, took))
 }
 

@@ -53,6 +53,8 @@ impl Workspace {
             }
         }
         fs::create_dir_all(workspace.packages())?;
+        // The mark of a data directory: what holds something and has none is refused.
+        fs::write(workspace.data().join("burgeon-data"), "1\n")?;
         if let Some(kept) = workspace.kept_packages() {
             copy_new(&kept, &workspace.packages()).context("take packages from BURGEON_TEST_CACHE")?;
         }

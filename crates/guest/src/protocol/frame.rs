@@ -15,7 +15,7 @@ pub const BEST_PAYLOAD: usize = MOST_PAYLOAD - HEADER_BYTES;
 /// Zero bytes that complete any half frame, and then some.
 pub const FLUSH_BYTES: usize = 65_600;
 /// Credit of each direction of a stream at its start, in bytes.
-pub const WINDOW: u32 = 262_144;
+pub const WINDOW: u32 = 1 << 20;
 /// What a data frame costs at least.
 pub const LEAST_COST: u32 = 256;
 /// Consumed credit is given back when this much has gathered.

@@ -52,7 +52,7 @@
 //! Messages only grow at the end of an enum; every other change is a new version.
 //!
 //! # Flow control
-//! Each direction of a stream starts with 262,144 bytes of credit. A data frame costs its length, but at
+//! Each direction of a stream starts with 1,048,576 bytes of credit. A data frame costs its length, but at
 //! least 256, so that a receiver's queue is bounded in frames too. Receivers give credit back as their
 //! consumer takes the data, in batches. Spending credit that is not there fails the stream. Control
 //! goes before data, and data of several streams takes turns frame by frame.

@@ -238,8 +238,8 @@ async fn a_guest_that_overruns_its_credit_loses_the_stream() {
     let (mut impostor, client) = Impostor::attach().await;
     let mut exec = impostor.exec(&client).await;
     let mut frames = Vec::new();
-    // One byte costs 256: 1,024 frames are all that may wait.
-    for sequence in 0..1025 {
+    // One byte costs 256: 4,096 frames are all that may wait.
+    for sequence in 0..4097 {
         encode_frame(&mut frames, Kind::Data, sequence, 5, b"x");
     }
     impostor.raw(&frames).await;
@@ -247,7 +247,7 @@ async fn a_guest_that_overruns_its_credit_loses_the_stream() {
         panic!("not closed")
     };
     let (out, _, exit) = soon(exec.output.collect(10_000)).await;
-    assert!(out.len() == 1024 && matches!(exit, Exit::Lost { .. }), "{exit:?}");
+    assert!(out.len() == 4096 && matches!(exit, Exit::Lost { .. }), "{exit:?}");
 }
 
 #[tokio::test]
