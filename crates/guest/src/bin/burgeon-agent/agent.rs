@@ -174,7 +174,7 @@ impl Agent {
         }
         for (stream, exec) in &self.execs {
             if let Some(start) = &exec.start {
-                fds.push((Token::Start(*stream), start.pipe.as_fd(), PollFlags::IN));
+                fds.push((Token::Start(*stream), start.as_fd(), PollFlags::IN));
                 continue;
             }
             if let Some(sink) = exec.sink.as_ref().filter(|sink| sink.is_waiting()) {
@@ -387,7 +387,7 @@ impl Agent {
         }
     }
 
-    /// A child's report is there.
+    /// The fork's report is there.
     fn started(&mut self, stream: u32) {
         let Some(exec) = self.execs.get_mut(&stream) else { return };
         let Some(start) = &mut exec.start else { return };

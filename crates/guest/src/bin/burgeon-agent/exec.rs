@@ -1,19 +1,17 @@
 //! One running command: its pipes, its credit, its end.
 //!
-//! States: starting (the child's report is awaited) -> running -> exited (output is drained) -> told.
+//! States: starting (the fork's report is awaited) -> running -> exited (output is drained) -> told.
 
 use std::{
     collections::VecDeque,
+    fs::File,
     os::fd::OwnedFd,
     time::{Duration, Instant},
 };
 
 use burgeon_guest::protocol::{CREDIT_BATCH, Exec as Request, ExitStatus, Kind, Sequence, WINDOW, cost, encode_frame};
 
-use crate::{
-    spawn::{Spawned, Start},
-    sys,
-};
+use crate::{spawn::Spawned, sys};
 
 /// How long a command's output may be silent after its first process has ended, while something still holds the pipe.
 pub(crate) const SILENCE: Duration = Duration::from_millis(200);
@@ -79,7 +77,7 @@ pub(crate) struct Exec {
     pub(crate) id: u32,
     pub(crate) request: Request,
     pub(crate) pid: i32,
-    pub(crate) start: Option<Start>,
+    pub(crate) start: Option<File>,
     pub(crate) sink: Option<Sink>,
     pub(crate) received: Sequence,
     pub(crate) returns: Returns,

@@ -145,7 +145,7 @@ fn text(bytes: &[u8], what: &str) -> Result<CString, Failure> {
     CString::new(bytes).map_err(|_| failure(FailureKind::Invalid, format!("{what} holds a NUL byte")))
 }
 
-fn plan(request: &Exec, stdio: &[OwnedFd; 3], tell: &OwnedFd) -> Result<Plan, Failure> {
+fn plan(request: &Exec, stdio: [OwnedFd; 3]) -> Result<Plan, Failure> {
     let user = users::find(request.user.as_deref())?;
     let own = rustix::process::geteuid().as_raw();
 
@@ -190,101 +190,49 @@ fn plan(request: &Exec, stdio: &[OwnedFd; 3], tell: &OwnedFd) -> Result<Plan, Fa
         .iter()
         .map(|(key, value)| text(&[&key[..], b"=", value].concat(), "the environment"))
         .collect::<Result<_, _>>()?;
-    let script = [c"sh".to_owned(), c"".to_owned()].into_iter().chain(argv.iter().skip(1).cloned()).collect();
     Ok(Plan {
         programs,
-        argv: Words::new(argv),
-        script: Words::new(script),
-        env: Words::new(env),
+        argv,
+        env,
         cwd: text(request.cwd.as_ref().unwrap_or(&user.home), "the working directory")?,
         cwd_is_home: request.cwd.is_none(),
         change_user: own == 0 && (user.uid != 0 || user.gid != 0),
         user,
-        stdio: [stdio[0].as_raw_fd(), stdio[1].as_raw_fd(), stdio[2].as_raw_fd()],
+        stdio,
         terminal: request.terminal.is_some(),
-        signals: sys::changed_signals(),
-        tell: tell.as_raw_fd(),
     })
 }
 
-/// The child's way, in the agent's memory: raw system calls only, no allocation, no panic.
-extern "C" fn child(plan: *const c_void) -> ! {
-    // SAFETY: `spawn` passes its plan and keeps it while this runs; nobody else changes it.
-    let plan = unsafe { &*plan.cast::<Plan>() };
-    let (stage, error) = become_program(plan);
-    let mut message = [stage as u8, 0, 0, 0, 0];
-    message[1..].copy_from_slice(&error.to_le_bytes());
-    let _lost_with_the_parent = call(libc::SYS_write, [number(plan.tell), address(&message), TOLD_BYTES, 0]);
-    loop {
-        let _does_not_return = call(libc::SYS_exit_group, [127, 0, 0, 0]);
-    }
-}
-
-/// A system call of the child; an error is its number.
-fn call(number: libc::c_long, arguments: [usize; 4]) -> Result<(), i32> {
-    // SAFETY: every call below passes numbers, or pointers into the plan and to the child's own variables, which live
-    // and have the kernel's layout.
-    match unsafe { sys::call(number, arguments) } {
-        error if error < 0 => Err(i32::try_from(-error).unwrap_or(libc::EIO)),
-        _ => Ok(()),
-    }
-}
-
-/// A descriptor or a small constant.
-fn number(value: i32) -> usize {
-    usize::try_from(value).unwrap_or(usize::MAX)
-}
-
-fn address<T: ?Sized>(value: &T) -> usize {
-    ptr::from_ref(value).cast::<()>() as usize
-}
-
-/// Returns only what stopped it.
-fn become_program(plan: &Plan) -> (Stage, i32) {
-    sys::reset_signals(plan.signals);
-    sys::unblock_signals();
+/// The child's way. Returns only what stopped it.
+fn become_program(plan: &Plan) -> (Stage, io::Error) {
+    sys::default_signals();
     if let Err(error) = attach_stdio(plan) {
         return (Stage::Terminal, error);
     }
-    // The agent's own descriptors are marked so anyway, those that whoever started it left open are not.
-    let cloexec = usize::try_from(libc::CLOSE_RANGE_CLOEXEC).unwrap_or(0);
-    let _kernel_too_old = call(libc::SYS_close_range, [3, u32::MAX as usize, cloexec, 0]);
+    sys::close_strangers();
     if plan.change_user
         && let Err(error) = change_user(&plan.user)
     {
         return (Stage::User, error);
     }
-    let enter = |directory: *const c_char| call(libc::SYS_chdir, [directory as usize, 0, 0, 0]);
-    if let Err(error) = enter(plan.cwd.as_ptr()) {
-        let rescued = plan.cwd_is_home && enter(c"/".as_ptr()).is_ok();
+    if let Err(error) = rustix::process::chdir(&plan.cwd) {
+        let rescued = plan.cwd_is_home && rustix::process::chdir("/").is_ok();
         if !rescued {
-            return (Stage::Directory, error);
+            return (Stage::Directory, error.into());
         }
     }
-    let execute = |program: *const c_char, words: &Words| {
-        let pointers = |words: &Words| words.pointers.as_ptr() as usize;
-        call(libc::SYS_execve, [program as usize, pointers(words), pointers(&plan.env), 0]).err().unwrap_or(libc::EIO)
-    };
     let mut denied = None;
-    let mut last = libc::ENOENT;
-    let searched = plan.programs.len() > 1;
+    let mut last = io::Error::from_raw_os_error(libc::ENOENT);
     for program in &plan.programs {
-        // To look first is cheaper: execve makes a new address space before it looks.
-        let here = libc::AT_FDCWD as usize;
-        let found = call(libc::SYS_faccessat, [here, program.as_ptr() as usize, number(libc::F_OK), 0]);
-        last = match found {
-            Err(error @ (libc::ENOENT | libc::ENOTDIR)) if searched => error,
-            _ => execute(program.as_ptr(), &plan.argv),
-        };
-        match last {
-            libc::ENOENT | libc::ENOTDIR => {}
-            libc::EACCES => denied = Some(libc::EACCES),
+        last = sys::execve(program, &plan.argv, &plan.env);
+        match last.raw_os_error() {
+            Some(libc::ENOENT | libc::ENOTDIR) => {}
+            Some(libc::EACCES) => denied = Some(io::Error::from_raw_os_error(libc::EACCES)),
             // A script without "#!" is the shell's, as execvp(3) has it.
-            libc::ENOEXEC => {
-                if let Some(place) = plan.script.pointers.get(1) {
-                    place.set(program.as_ptr());
-                }
-                last = execute(c"/bin/sh".as_ptr(), &plan.script);
+            Some(libc::ENOEXEC) => {
+                let mut argv = vec![c"sh".to_owned(), program.clone()];
+                argv.extend(plan.argv.iter().skip(1).cloned());
+                last = sys::execve(&c"/bin/sh".to_owned(), &argv, &plan.env);
                 break;
             }
             _ => break,
@@ -293,52 +241,46 @@ fn become_program(plan: &Plan) -> (Stage, i32) {
     (Stage::Program, denied.unwrap_or(last))
 }
 
-fn attach_stdio(plan: &Plan) -> Result<(), i32> {
-    call(libc::SYS_setsid, [0; 4])?;
-    let [input, ..] = plan.stdio;
+fn attach_stdio(plan: &Plan) -> io::Result<()> {
+    rustix::process::setsid()?;
     if plan.terminal {
-        call(libc::SYS_ioctl, [number(input), libc::TIOCSCTTY as usize, 0, 0])?;
-        let owner = [number(input), plan.user.uid as usize, u32::MAX as usize, 0];
-        let _only_for_other_users = call(libc::SYS_fchown, owner);
+        rustix::process::ioctl_tiocsctty(&plan.stdio[0])?;
+        let _only_for_other_users = rustix::fs::fchown(&plan.stdio[0], Some(Uid::from_raw(plan.user.uid)), None);
     }
     for (to, from) in plan.stdio.iter().enumerate() {
-        // Never the same descriptor: 0, 1 and 2 are the agent's, and open.
-        call(libc::SYS_dup3, [number(*from), to, 0, 0])?;
+        sys::duplicate_onto(from, i32::try_from(to).unwrap_or(0))?;
     }
     Ok(())
 }
 
-fn change_user(user: &User) -> Result<(), i32> {
-    let (uid, gid) = (user.uid as usize, user.gid as usize);
-    call(libc::SYS_setgroups, [user.groups.len(), user.groups.as_ptr() as usize, 0, 0])?;
-    call(libc::SYS_setresgid, [gid, gid, gid, 0])?;
-    call(libc::SYS_setresuid, [uid, uid, uid, 0])
+fn change_user(user: &User) -> io::Result<()> {
+    let groups: Vec<Gid> = user.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
+    let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
+    rustix::thread::set_thread_groups(&groups)?;
+    rustix::thread::set_thread_res_gid(gid, gid, gid)?;
+    Ok(rustix::thread::set_thread_res_uid(uid, uid, uid)?)
 }
 
 /// Reads what the child told: `None` while it is on its way, `Some(Ok)` when its program runs.
-pub(crate) fn outcome(start: &mut Start, request: &Exec) -> Option<Result<(), Failure>> {
-    let mut message = [0; TOLD_BYTES];
-    loop {
-        match start.pipe.read(&mut message) {
-            Ok(0) => break,
-            // The child is on its way out; the end of the pipe says that it is.
-            Ok(TOLD_BYTES) => start.told = Some(message),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
-            _ => return Some(Err(failure(FailureKind::Io, "the child's report is unreadable"))),
+pub(crate) fn outcome(start: &mut File, request: &Exec) -> Option<Result<(), Failure>> {
+    let mut message = [0; 5];
+    match start.read(&mut message) {
+        Ok(0) => Some(Ok(())),
+        Ok(5) => {
+            let error =
+                io::Error::from_raw_os_error(i32::from_le_bytes([message[1], message[2], message[3], message[4]]));
+            let show = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+            let what = match message[0] {
+                1 => "cannot set up the command's streams".to_string(),
+                2 => format!("cannot become user \"{}\"", show(request.user.as_deref().unwrap_or(b"root"))),
+                3 => format!("cannot enter \"{}\"", show(request.cwd.as_deref().unwrap_or(b"/"))),
+                _ => format!("cannot run \"{}\"", show(request.argv.first().map_or(b"the login shell", |word| word))),
+            };
+            Some(Err(io_failure(&what, &error)))
         }
+        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => None,
+        _ => Some(Err(failure(FailureKind::Io, "the child's report is unreadable"))),
     }
-    start.launch = None;
-    let Some([stage, number @ ..]) = start.told else { return Some(Ok(())) };
-    let error = io::Error::from_raw_os_error(i32::from_le_bytes(number));
-    let show = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    let what = match stage {
-        1 => "cannot set up the command's streams".to_string(),
-        2 => format!("cannot become user \"{}\"", show(request.user.as_deref().unwrap_or(b"root"))),
-        3 => format!("cannot enter \"{}\"", show(request.cwd.as_deref().unwrap_or(b"/"))),
-        _ => format!("cannot run \"{}\"", show(request.argv.first().map_or(b"the login shell", |word| word))),
-    };
-    Some(Err(io_failure(&what, &error)))
 }
 
 /// Only so that the flag is named once: files given to others are opened without following a terminal.
