@@ -19,6 +19,9 @@ use tokio::{net::UnixStream, time::Instant};
 
 /// How long a server may take to start.
 const START_DEADLINE: Duration = Duration::from_secs(20);
+/// How long a server that breaks off before it answers is asked again.
+const REPEAT: Duration = Duration::from_secs(10);
+const BROKE_OFF: &str = "the server broke off";
 /// A server that was started for a command leaves after this time without use.
 const IDLE_EXIT: &str = "60s";
 const SERVER_LOG: &str = "serve.log";
@@ -86,7 +89,7 @@ impl Client {
     /// Sends a request and returns the answer's head; a refusal is an error.
     pub(crate) async fn send(&self, request: Request<Body>) -> Result<Response<Incoming>> {
         let stream = self.connect().await?;
-        let broke = |error: hyper::Error| Error::unavailable(format!("the server broke off: {error}"));
+        let broke = |error: hyper::Error| Error::unavailable(format!("{BROKE_OFF}: {error}"));
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(broke)?;
         tokio::spawn(connection.with_upgrades());
         let response = sender.send_request(request).await.map_err(broke)?;
@@ -99,6 +102,21 @@ impl Client {
             let text = String::from_utf8_lossy(&body);
             Error::internal(format!("the server answered {status}: {}", path_text::printable(text.trim())))
         }))
+    }
+
+    /// Sends a request that may be repeated, as all of the API but the upload of files may: what is created
+    /// has an id of the client's choice. A server that is killed between accepting and answering is
+    /// followed by another, which is asked again.
+    async fn ask(&self, make: impl Fn() -> Result<Request<Body>>) -> Result<Response<Incoming>> {
+        let begun = Instant::now();
+        loop {
+            match self.send(make()?).await {
+                Err(error) if error.message.starts_with(BROKE_OFF) && begun.elapsed() < REPEAT => {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+                outcome => return outcome,
+            }
+        }
     }
 
     fn request(method: Method, path: &str, body: Body) -> Result<Request<Body>> {
@@ -124,15 +142,15 @@ impl Client {
     }
 
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
-        Self::answer(self.send(Self::request(Method::GET, path, empty())?).await?).await
+        Self::answer(self.ask(|| Self::request(Method::GET, path, empty())).await?).await
     }
 
     pub(crate) async fn delete(&self, path: &str) -> Result<()> {
-        Self::answer(self.send(Self::request(Method::DELETE, path, empty())?).await?).await
+        Self::answer(self.ask(|| Self::request(Method::DELETE, path, empty())).await?).await
     }
 
     pub(crate) async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T> {
-        Self::answer(self.send(Self::request(Method::POST, path, json(body)?)?).await?).await
+        Self::answer(self.ask(|| Self::request(Method::POST, path, json(body)?)).await?).await
     }
 
     /// Sends a body as it is; for files.
@@ -143,7 +161,7 @@ impl Client {
     }
 
     pub(crate) async fn get_raw(&self, path: &str) -> Result<Response<Incoming>> {
-        self.send(Self::request(Method::GET, path, empty())?).await
+        self.ask(|| Self::request(Method::GET, path, empty())).await
     }
 
     /// A stream of JSON lines. `body` absent: a GET.
@@ -152,20 +170,23 @@ impl Client {
         path: &str,
         body: Option<&impl Serialize>,
     ) -> Result<Lines<T>> {
-        let request = match body {
-            Some(body) => Self::request(Method::POST, path, json(body)?)?,
-            None => Self::request(Method::GET, path, empty())?,
+        let request = || match body {
+            Some(body) => Self::request(Method::POST, path, json(body)?),
+            None => Self::request(Method::GET, path, empty()),
         };
-        let body = self.send(request).await?.into_body();
+        let body = self.ask(request).await?.into_body();
         Ok(Lines { body, buffer: Vec::new(), kind: std::marker::PhantomData })
     }
 
     /// Opens a stream by upgrading the connection.
     pub(crate) async fn upgrade(&self, path: &str) -> Result<Upgraded> {
-        let mut request = Self::request(Method::POST, path, empty())?;
-        request.headers_mut().insert(header::CONNECTION, header::HeaderValue::from_static("upgrade"));
-        request.headers_mut().insert(header::UPGRADE, header::HeaderValue::from_static("burgeon-stream"));
-        let response = self.send(request).await?;
+        let request = || {
+            let mut request = Self::request(Method::POST, path, empty())?;
+            request.headers_mut().insert(header::CONNECTION, header::HeaderValue::from_static("upgrade"));
+            request.headers_mut().insert(header::UPGRADE, header::HeaderValue::from_static("burgeon-stream"));
+            Ok(request)
+        };
+        let response = self.ask(request).await?;
         let upgraded = hyper::upgrade::on(response)
             .await
             .map_err(|error| Error::unavailable(format!("the server broke off: {error}")))?;
