@@ -116,6 +116,12 @@ pub struct Lock {
 }
 
 impl Lock {
+    /// Whether a process has the lock of `kind` at the moment.
+    pub fn is_taken(layout: &Layout, kind: &str) -> bool {
+        let Ok(file) = fs::File::open(layout.data.join(format!("{kind}.lock"))) else { return false };
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err()
+    }
+
     /// Takes the lock of `kind` (`host`, `control`, `serve`), or says who has it.
     ///
     /// # Errors
@@ -141,13 +147,11 @@ impl Lock {
             ))
             .with_hint("stop it first, or choose another directory with --data DIR"));
         }
-        let write = || -> std::io::Result<()> {
-            file.set_len(0)?;
-            file.rewind()?;
-            writeln!(file, "{}", std::process::id())
-        };
-        let mut write = write;
-        write().map_err(|error| Error::io(format!("write {}", path.display()), &error))?;
+        // One write of one length: a reader never finds half a number, or none.
+        let line = format!("{:<12}\n", std::process::id());
+        file.rewind()
+            .and_then(|()| file.write_all(line.as_bytes()))
+            .map_err(|error| Error::io(format!("write {}", path.display()), &error))?;
         Ok(Lock { _file: file })
     }
 }

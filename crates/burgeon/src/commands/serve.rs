@@ -2,7 +2,7 @@
 
 use std::{path::Path, process::Stdio, time::Duration};
 
-use burgeon_api::{Error, ErrorKind, Result};
+use burgeon_api::{Error, Result};
 use burgeon_host::layout::{Layout, Lock};
 use tokio::{
     process::{Child, Command},
@@ -100,7 +100,7 @@ async fn keep_up(data: &Path, kind: &'static str, words: Vec<String>, token: Can
     let mut pause = Duration::from_millis(50);
     loop {
         // One that an earlier server has left is as good as ours; it is taken over when it ends.
-        while is_locked(&layout, kind) {
+        while Lock::is_taken(&layout, kind) {
             tokio::select! {
                 () = sleep(Duration::from_millis(300)) => {}
                 () = token.cancelled() => return Ok(()),
@@ -145,8 +145,4 @@ async fn end(child: &mut Child, kind: &str) -> Result<()> {
             child.kill().await.map_err(|error| Error::io(format!("kill burgeon {kind}"), &error))
         }
     }
-}
-
-fn is_locked(layout: &Layout, kind: &str) -> bool {
-    matches!(Lock::take(layout, kind), Err(error) if error.kind == ErrorKind::Conflict)
 }

@@ -235,6 +235,7 @@ fn cached_image(name: &str) -> PathBuf {
         .map_or_else(|| Path::new(env!("CARGO_TARGET_TMPDIR")).join("images"), PathBuf::from);
     fs::create_dir_all(&cache).unwrap();
     let directory = cache.join("images").join(name);
+    fs::write(cache.join("burgeon-data"), "1\n").unwrap();
     let lock = fs::File::create(cache.join(format!("{name}.building"))).unwrap();
     lock.lock().unwrap();
     if !directory.join("image.json").exists() {
