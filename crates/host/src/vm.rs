@@ -10,6 +10,7 @@
 //!               v                                    v
 //!           Running --guest or user ends it--> Stopped / Failed
 //! ```
+//! It is one thing, and one file: every state change goes through its loop.
 //! Nothing else writes the VM's record or talks to its QEMU. Requests come by [`VmHandle`].
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
