@@ -1,5 +1,8 @@
 //! Durable things. So far: meta, in SQLite.
 #![forbid(unsafe_code)]
 
+mod ids;
 pub mod meta;
 mod schema;
+
+pub use ids::{ChunkId, PackId, Place};
