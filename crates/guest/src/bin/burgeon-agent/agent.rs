@@ -22,7 +22,7 @@ use crate::{
     channel::{Channel, Input},
     exec::{Exec, Source},
     files::{Get, Put},
-    spawn::{self, failure},
+    spawn::{self, Launch, failure},
     sys, system,
 };
 
@@ -61,6 +61,8 @@ struct Agent {
     setup: Setup,
     session: Option<[u8; 16]>,
     execs: BTreeMap<u32, Exec>,
+    /// By process: what a child that is no program yet still uses.
+    launches: BTreeMap<i32, Launch>,
     puts: BTreeMap<u32, Put>,
     gets: BTreeMap<u32, Get>,
     /// The stream that sent last; the next one in order is served next.
@@ -73,6 +75,7 @@ struct Agent {
 
 /// Serves the channel for ever.
 pub(crate) fn run(channel: Channel, setup: Setup) -> io::Error {
+    sys::reset_signals();
     let children = match sys::child_signal() {
         Ok(children) => children,
         Err(error) => return error,
@@ -83,6 +86,7 @@ pub(crate) fn run(channel: Channel, setup: Setup) -> io::Error {
         setup,
         session: None,
         execs: BTreeMap::new(),
+        launches: BTreeMap::new(),
         puts: BTreeMap::new(),
         gets: BTreeMap::new(),
         served: 0,
@@ -387,12 +391,13 @@ impl Agent {
         }
     }
 
-    /// The fork's report is there.
+    /// The child's report is there.
     fn started(&mut self, stream: u32) {
         let Some(exec) = self.execs.get_mut(&stream) else { return };
         let Some(start) = &mut exec.start else { return };
         let Some(outcome) = spawn::outcome(start, &exec.request) else { return };
         exec.start = None;
+        self.launches.remove(&exec.pid);
         let (id, pid) = (exec.id, u32::try_from(exec.pid).unwrap_or(0));
         if outcome.is_err() {
             self.execs.remove(&stream);
@@ -405,6 +410,7 @@ impl Agent {
         let mut signal = [0; 128];
         while rustix::io::read(&self.children, &mut signal).is_ok_and(|count| count > 0) {}
         while let Ok(Some(ended)) = sys::wait_any() {
+            self.launches.remove(&ended.pid);
             let Some(stream) = self.execs.values().find(|exec| exec.pid == ended.pid).map(|exec| exec.request.stream)
             else {
                 continue;

@@ -38,7 +38,7 @@ use crate::{
     agent::{self, Setup},
     channel::{Channel, open_port},
     freeze,
-    sys::{self, Fork},
+    sys::{self, Fork, Texts},
     system::{self, console},
 };
 
@@ -275,7 +275,7 @@ fn empty_directory(directory: &OwnedFd, device: u64) {
 fn start_beside(port: &OwnedFd, warnings: &[String]) -> io::Result<bool> {
     let (waiting, started) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
     match sys::fork()? {
-        Fork::Parent(_) => {
+        Fork::Parent => {
             drop(started);
             let mut fds = [rustix::event::PollFd::new(&waiting, rustix::event::PollFlags::IN)];
             let timeout =
@@ -287,18 +287,18 @@ fn start_beside(port: &OwnedFd, warnings: &[String]) -> io::Result<bool> {
             drop(waiting);
             rustix::process::setsid()?;
             freeze::join("/sys/fs/cgroup/burgeon.agent").ok();
-            fs::write("/proc/self/oom_score_adj", "-1000").ok();
             sys::keep_across_exec(port);
             sys::keep_across_exec(&started);
             let word = |text: &str| CString::new(text).unwrap_or_default();
-            let argv = [
+            let argv = vec![
                 word(OWN_NAME),
                 CString::new(INHERIT).unwrap_or_default(),
                 word(&port.as_raw_fd().to_string()),
                 word(&started.as_raw_fd().to_string()),
             ];
-            let env = [word(&format!("BURGEON_WARNINGS={}", warnings.join("\n")))];
-            console(&format!("cannot run {OWN_COPY}: {}", sys::execve(&word(OWN_COPY), &argv, &env)));
+            let env = vec![word(&format!("BURGEON_WARNINGS={}", warnings.join("\n")))];
+            let error = sys::execve(&word(OWN_COPY), &Texts::new(argv), &Texts::new(env));
+            console(&format!("cannot run {OWN_COPY}: {}", io::Error::from_raw_os_error(error)));
             Ok(false)
         }
     }
@@ -327,17 +327,18 @@ pub(crate) fn serve_inherited(port: &[u8], started: &[u8]) -> ExitCode {
 /// Makes process 1 the image's init. Should that fail, the agent's child already serves, so process 1 stays and
 /// reaps.
 fn become_init(init: &str) -> ! {
-    sys::default_signals();
+    sys::reset_signals();
+    sys::unblock_signals();
     let word = |text: &str| CString::new(text).unwrap_or_default();
     if let Ok(console) = fs::OpenOptions::new().read(true).write(true).open("/dev/console") {
         let console = OwnedFd::from(console);
         for fd in 0..3 {
-            let _the_kernels_own_remains = sys::duplicate_onto(&console, fd);
+            let _the_kernels_own_remains = sys::duplicate_onto(console.as_raw_fd(), fd);
         }
     }
     // What the kernel itself gives to an init.
-    let env = [word("HOME=/"), word("TERM=linux")];
-    let error = sys::execve(&word(init), &[word(init)], &env);
+    let env = Texts::new(vec![word("HOME=/"), word("TERM=linux")]);
+    let error = io::Error::from_raw_os_error(sys::execve(&word(init), &Texts::new(vec![word(init)]), &env));
     console(&format!("cannot run {init}: {error}; the agent goes on without it"));
     loop {
         // Nothing else is left to do for the first process: it must not end, and must take orphans.

@@ -1,6 +1,6 @@
 //! One running command: its pipes, its credit, its end.
 //!
-//! States: starting (the fork's report is awaited) -> running -> exited (output is drained) -> told.
+//! States: starting (the child's report is awaited) -> running -> exited (output is drained) -> told.
 
 use std::{
     collections::VecDeque,

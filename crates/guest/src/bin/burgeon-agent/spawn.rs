@@ -1,18 +1,21 @@
-//! Starting a command: what is prepared before the fork, and what the child does until it is another program.
+//! Starting a command: what is prepared beforehand, and what the child does until it is another program.
+//!
+//! The child shares the agent's memory until then (see [`sys::start_sharing`]), so all that it needs is made before, is
+//! kept in a [`Launch`], and is only read by it: [`run_child`] and what it calls neither allocate nor drop anything.
 //!
 //! The child tells a failure through a pipe that closes by itself when the program starts, so the agent
 //! never waits for a slow disk: the end of that pipe is one more thing it polls.
 
 use std::{
-    ffi::CString,
+    ffi::{CString, c_void},
     fs::File,
-    io::{self, Read, Write},
-    os::fd::OwnedFd,
+    io::{self, Read},
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
 };
 
 use burgeon_guest::protocol::{Exec, Failure, FailureKind, TerminalSize};
 use rustix::{
-    fs::{Gid, OFlags, Uid},
+    fs::{Access, Gid, OFlags, Uid},
     pipe::{PipeFlags, pipe_with},
     pty::OpenptFlags,
     termios::Winsize,
@@ -20,7 +23,7 @@ use rustix::{
 
 use crate::{
     freeze,
-    sys::{self, Fork},
+    sys::{self, Stack, Texts},
     users::{self, User},
 };
 
@@ -28,7 +31,7 @@ const PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/b
 /// Room in each pipe: as much as the credit of its stream.
 const PIPE_BYTES: usize = 262_144;
 
-/// A command that has been forked; whether its program runs is told by `start`.
+/// A command that is being started; whether its program runs is told by `start`.
 pub(crate) struct Spawned {
     pub(crate) pid: i32,
     pub(crate) start: File,
@@ -38,16 +41,26 @@ pub(crate) struct Spawned {
     pub(crate) errors: Option<OwnedFd>,
 }
 
-/// What the child needs; made before the fork.
+/// What the child reads, and the stack it runs on: to be kept until the command's `start` has told, or it has ended.
+pub(crate) struct Launch {
+    _plan: Box<Plan>,
+    _stack: Stack,
+}
+
+/// What the child needs.
 struct Plan {
     programs: Vec<CString>,
-    argv: Vec<CString>,
-    env: Vec<CString>,
+    argv: Texts,
+    /// For a script without "#!", one for each program: as execvp(3) has it, the shell runs it.
+    shell_argv: Vec<Texts>,
+    env: Texts,
     cwd: CString,
     cwd_is_home: bool,
     user: User,
+    groups: Vec<Gid>,
     change_user: bool,
-    stdio: [OwnedFd; 3],
+    stdio: [RawFd; 3],
+    report: RawFd,
     terminal: bool,
 }
 
@@ -77,8 +90,8 @@ pub(crate) fn io_failure(action: &str, error: &io::Error) -> Failure {
     failure(kind, format!("{action}: {error}"))
 }
 
-/// Forks the command of `request`.
-pub(crate) fn spawn(request: &Exec, cgroup: Option<&str>) -> Result<Spawned, Failure> {
+/// Starts the command of `request`.
+pub(crate) fn spawn(request: &Exec, cgroup: Option<&str>) -> Result<(Spawned, Launch), Failure> {
     let system = |error: rustix::io::Errno| io_failure("cannot make pipes", &error.into());
     let pipe = || -> Result<(OwnedFd, OwnedFd), Failure> { pipe_with(PipeFlags::CLOEXEC).map_err(system) };
     let (start, start_child) = pipe()?;
@@ -104,26 +117,26 @@ pub(crate) fn spawn(request: &Exec, cgroup: Option<&str>) -> Result<Spawned, Fai
         (input, output, Some(errors), [input_child, output_child, errors_child])
     };
 
-    let plan = plan(request, stdio)?;
-    match fork(cgroup).map_err(|error| io_failure("cannot fork", &error))? {
-        Fork::Parent(pid) => Ok(Spawned { pid, start: start.into(), input, output, errors }),
-        Fork::Child => {
-            let (stage, error) = become_program(&plan);
-            let mut message = [stage as u8, 0, 0, 0, 0];
-            message[1..].copy_from_slice(&error.raw_os_error().unwrap_or(libc::EIO).to_le_bytes());
-            let _lost_with_the_parent = File::from(start_child).write_all(&message);
-            sys::exit_now(127)
-        }
-    }
+    let report = start_child.as_raw_fd();
+    let plan = Box::new(plan(request, stdio.each_ref().map(AsRawFd::as_raw_fd), report)?);
+    let (pid, launch) = start_child_process(plan, cgroup).map_err(|error| io_failure("cannot fork", &error))?;
+    Ok((Spawned { pid, start: start.into(), input, output, errors }, launch))
 }
 
-/// Forks into the cgroup, or, where the kernel does not offer that, without it: the command then runs all the same.
-fn fork(cgroup: Option<&str>) -> io::Result<Fork> {
-    let into = cgroup.and_then(|cgroup| freeze::directory(cgroup).ok()).map(|directory| sys::fork_into(&directory));
-    match into {
-        Some(Ok(fork)) => Ok(fork),
-        Some(Err(_)) | None => sys::fork(),
-    }
+/// Starts the child in the cgroup, or, where the kernel does not offer that, without it: the command runs all the same.
+fn start_child_process(plan: Box<Plan>, cgroup: Option<&str>) -> io::Result<(i32, Launch)> {
+    let mut stack = Stack::new();
+    let argument = (&raw const *plan).cast::<c_void>();
+    let mut start = |cgroup: Option<&OwnedFd>| {
+        // SAFETY: the plan and the stack stay in the launch, which the agent keeps until the child needs them no more.
+        unsafe { sys::start_sharing(cgroup, &mut stack, run_child, argument) }
+    };
+    let into = cgroup.and_then(|cgroup| freeze::directory(cgroup).ok()).map(|directory| start(Some(&directory)));
+    let pid = match into {
+        Some(Ok(pid)) => pid,
+        Some(Err(_)) | None => start(None)?,
+    };
+    Ok((pid, Launch { _plan: plan, _stack: stack }))
 }
 
 fn terminal(size: TerminalSize) -> io::Result<(OwnedFd, OwnedFd)> {
@@ -145,7 +158,7 @@ fn text(bytes: &[u8], what: &str) -> Result<CString, Failure> {
     CString::new(bytes).map_err(|_| failure(FailureKind::Invalid, format!("{what} holds a NUL byte")))
 }
 
-fn plan(request: &Exec, stdio: [OwnedFd; 3]) -> Result<Plan, Failure> {
+fn plan(request: &Exec, stdio: [RawFd; 3], report: RawFd) -> Result<Plan, Failure> {
     let user = users::find(request.user.as_deref())?;
     let own = rustix::process::geteuid().as_raw();
 
@@ -170,7 +183,7 @@ fn plan(request: &Exec, stdio: [OwnedFd; 3]) -> Result<Plan, Failure> {
     let path = env.iter().find(|(key, _)| key == b"PATH").map_or(PATH.to_vec(), |(_, value)| value.clone());
 
     let mut argv = request.argv.iter().map(|word| text(word, "the command")).collect::<Result<Vec<_>, _>>()?;
-    let programs = match request.argv.first() {
+    let programs: Vec<CString> = match request.argv.first() {
         None => {
             let name = user.shell.rsplit(|byte| *byte == b'/').next().unwrap_or(b"sh");
             argv.push(text(&[b"-", name].concat(), "the shell's name")?);
@@ -189,76 +202,100 @@ fn plan(request: &Exec, stdio: [OwnedFd; 3]) -> Result<Plan, Failure> {
     let env = env
         .iter()
         .map(|(key, value)| text(&[&key[..], b"=", value].concat(), "the environment"))
-        .collect::<Result<_, _>>()?;
+        .collect::<Result<Vec<_>, _>>()?;
+    let shell_argv = programs.iter().map(|program| {
+        let rest = argv.iter().skip(1).cloned();
+        Texts::new([c"sh".to_owned(), program.clone()].into_iter().chain(rest).collect())
+    });
     Ok(Plan {
+        shell_argv: shell_argv.collect(),
         programs,
-        argv,
-        env,
+        argv: Texts::new(argv),
+        env: Texts::new(env),
         cwd: text(request.cwd.as_ref().unwrap_or(&user.home), "the working directory")?,
         cwd_is_home: request.cwd.is_none(),
         change_user: own == 0 && (user.uid != 0 || user.gid != 0),
+        groups: user.groups.iter().map(|gid| Gid::from_raw(*gid)).collect(),
         user,
         stdio,
+        report,
         terminal: request.terminal.is_some(),
     })
 }
 
-/// The child's way. Returns only what stopped it.
-fn become_program(plan: &Plan) -> (Stage, io::Error) {
-    sys::default_signals();
+/// The child: becomes the program, or reports why not.
+extern "C" fn run_child(plan: *const c_void) -> ! {
+    // SAFETY: `start_child_process` passes a plan, which lives until this process is another program or has ended.
+    let plan = unsafe { &*plan.cast::<Plan>() };
+    let (stage, error) = become_program(plan);
+    let mut message = [stage as u8, 0, 0, 0, 0];
+    message[1..].copy_from_slice(&error.to_le_bytes());
+    // SAFETY: the child has its own copy of the agent's descriptors, and the report's is open in it.
+    let _lost_with_the_parent = rustix::io::write(unsafe { BorrowedFd::borrow_raw(plan.report) }, &message);
+    sys::exit_now(127)
+}
+
+/// Returns only what stopped it: the stage and the error's number.
+fn become_program(plan: &Plan) -> (Stage, i32) {
+    sys::unblock_signals();
     if let Err(error) = attach_stdio(plan) {
         return (Stage::Terminal, error);
     }
     sys::close_strangers();
     if plan.change_user
-        && let Err(error) = change_user(&plan.user)
+        && let Err(error) = change_user(plan)
     {
-        return (Stage::User, error);
+        return (Stage::User, error.raw_os_error());
     }
-    if let Err(error) = rustix::process::chdir(&plan.cwd) {
-        let rescued = plan.cwd_is_home && rustix::process::chdir("/").is_ok();
+    if let Err(error) = rustix::process::chdir(plan.cwd.as_c_str()) {
+        let rescued = plan.cwd_is_home && rustix::process::chdir(c"/").is_ok();
         if !rescued {
-            return (Stage::Directory, error.into());
+            return (Stage::Directory, error.raw_os_error());
         }
     }
-    let mut denied = None;
-    let mut last = io::Error::from_raw_os_error(libc::ENOENT);
-    for program in &plan.programs {
-        last = sys::execve(program, &plan.argv, &plan.env);
-        match last.raw_os_error() {
-            Some(libc::ENOENT | libc::ENOTDIR) => {}
-            Some(libc::EACCES) => denied = Some(io::Error::from_raw_os_error(libc::EACCES)),
-            // A script without "#!" is the shell's, as execvp(3) has it.
-            Some(libc::ENOEXEC) => {
-                let mut argv = vec![c"sh".to_owned(), program.clone()];
-                argv.extend(plan.argv.iter().skip(1).cloned());
-                last = sys::execve(&c"/bin/sh".to_owned(), &argv, &plan.env);
-                break;
-            }
+    (Stage::Program, execute(plan))
+}
+
+/// Tries the programs in turn, as execvp(3) does.
+fn execute(plan: &Plan) -> i32 {
+    let mut denied = false;
+    let mut last = libc::ENOENT;
+    for (program, shell_argv) in plan.programs.iter().zip(&plan.shell_argv) {
+        // An execve that fails costs an address space, so a search asks for the file first.
+        let there = plan.programs.len() == 1 || rustix::fs::access(program.as_c_str(), Access::EXISTS).is_ok();
+        last = if there { sys::execve(program, &plan.argv, &plan.env) } else { libc::ENOENT };
+        match last {
+            libc::ENOENT | libc::ENOTDIR => {}
+            libc::EACCES => denied = true,
+            libc::ENOEXEC => return sys::execve(c"/bin/sh", shell_argv, &plan.env),
             _ => break,
         }
     }
-    (Stage::Program, denied.unwrap_or(last))
+    if denied { libc::EACCES } else { last }
 }
 
-fn attach_stdio(plan: &Plan) -> io::Result<()> {
-    rustix::process::setsid()?;
+fn attach_stdio(plan: &Plan) -> Result<(), i32> {
+    let number = |error: rustix::io::Errno| error.raw_os_error();
+    rustix::process::setsid().map_err(number)?;
+    let [input, ..] = plan.stdio;
     if plan.terminal {
-        rustix::process::ioctl_tiocsctty(&plan.stdio[0])?;
-        let _only_for_other_users = rustix::fs::fchown(&plan.stdio[0], Some(Uid::from_raw(plan.user.uid)), None);
+        // SAFETY: the child has its own copy of the agent's descriptors, and this one is open in it.
+        let input = unsafe { BorrowedFd::borrow_raw(input) };
+        rustix::process::ioctl_tiocsctty(input).map_err(number)?;
+        let _only_for_other_users = rustix::fs::fchown(input, Some(Uid::from_raw(plan.user.uid)), None);
     }
-    for (to, from) in plan.stdio.iter().enumerate() {
-        sys::duplicate_onto(from, i32::try_from(to).unwrap_or(0))?;
+    for (from, to) in plan.stdio.into_iter().zip(0..) {
+        sys::duplicate_onto(from, to)?;
     }
     Ok(())
 }
 
-fn change_user(user: &User) -> io::Result<()> {
-    let groups: Vec<Gid> = user.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
-    let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
-    rustix::thread::set_thread_groups(&groups)?;
+/// Each of these changes the calling process alone.
+fn change_user(plan: &Plan) -> rustix::io::Result<()> {
+    let (uid, gid) = (Uid::from_raw(plan.user.uid), Gid::from_raw(plan.user.gid));
+    rustix::thread::set_thread_groups(&plan.groups)?;
     rustix::thread::set_thread_res_gid(gid, gid, gid)?;
-    Ok(rustix::thread::set_thread_res_uid(uid, uid, uid)?)
+    rustix::thread::set_thread_res_uid(uid, uid, uid)
 }
 
 /// Reads what the child told: `None` while it is on its way, `Some(Ok)` when its program runs.

@@ -1,15 +1,16 @@
 //! The system calls that no safe wrapper offers; all of the agent's unsafe code is here.
 
 use std::{
-    ffi::CString,
+    ffi::{CStr, CString, c_char, c_void},
     io,
+    mem::MaybeUninit,
     os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
 };
 
 /// Which side of a fork this is.
 pub(crate) enum Fork {
     Child,
-    Parent(i32),
+    Parent,
 }
 
 /// Splits the process in two.
@@ -19,30 +20,101 @@ pub(crate) fn fork() -> io::Result<Fork> {
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => Ok(Fork::Child),
-        pid => Ok(Fork::Parent(pid)),
+        _ => Ok(Fork::Parent),
     }
 }
 
-/// Splits the process in two, and puts the child into a cgroup from its beginning. Moving it there afterwards would
-/// wait for a grace period of the whole kernel, several milliseconds.
-pub(crate) fn fork_into(cgroup: &OwnedFd) -> io::Result<Fork> {
+/// The memory that [`start_sharing`]'s child runs on. Kept for as long as the child may still use it.
+pub(crate) struct Stack(Box<[MaybeUninit<u128>]>);
+
+impl Stack {
+    /// Untouched memory costs nothing, and the child needs a few frames.
+    const BYTES: usize = 65_536;
+
+    pub(crate) fn new() -> Stack {
+        Stack(Box::new_uninit_slice(Self::BYTES / size_of::<u128>()))
+    }
+}
+
+/// Starts a process that runs `child` in this process's memory, beside it, on a stack of its own; files, signals and
+/// everything else are its own copies. In a cgroup from its beginning, where one is given: moving it there afterwards
+/// would wait for a grace period of the whole kernel, several milliseconds. A fork would copy the page tables, which
+/// costs an emulated guest more than the start of a small program.
+///
+/// # Safety
+/// `argument` and `stack` stay valid and unchanged until the process has run another program or has ended. `child`
+/// neither allocates nor frees, takes no lock, does not unwind, and leaves `errno` alone: the agent is at work meanwhile.
+pub(crate) unsafe fn start_sharing(
+    cgroup: Option<&OwnedFd>,
+    stack: &mut Stack,
+    child: extern "C" fn(*const c_void) -> !,
+    argument: *const c_void,
+) -> io::Result<i32> {
     // SAFETY: clone_args is plain numbers, for which zeros are valid.
     let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-    arguments.flags = CLONE_INTO_CGROUP;
+    arguments.flags = u64::from(libc::CLONE_VM.unsigned_abs());
     arguments.exit_signal = libc::SIGCHLD.unsigned_abs().into();
-    arguments.cgroup = cgroup.as_raw_fd().unsigned_abs().into();
-    // SAFETY: without a stack and without CLONE_VM this is fork(2): the child goes on here on a copy of all memory. The
-    // C library is not told, which matters to its thread functions only, and the agent has one thread.
-    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<libc::clone_args>()) };
-    match i32::try_from(pid) {
-        Ok(0) => Ok(Fork::Child),
-        Ok(pid) if pid > 0 => Ok(Fork::Parent(pid)),
-        _ => Err(io::Error::last_os_error()),
+    arguments.stack = stack.0.as_mut_ptr() as u64;
+    arguments.stack_size = Stack::BYTES as u64;
+    if let Some(cgroup) = cgroup {
+        arguments.flags |= CLONE_INTO_CGROUP;
+        arguments.cgroup = cgroup.as_raw_fd().unsigned_abs().into();
+    }
+    let result: isize;
+    // SAFETY: the parent goes on behind the call as after any system call. The child begins with its stack pointer at
+    // the end of `stack`, which is aligned as the ABI asks before a call, with the parent's other registers, and never
+    // returns. The caller vouches for what both then do with the same memory.
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "xor ebp, ebp",
+            "mov rdi, r12",
+            "call r13",
+            "ud2",
+            "2:",
+            inlateout("rax") libc::SYS_clone3 => result,
+            in("rdi") &raw mut arguments,
+            in("rsi") size_of::<libc::clone_args>(),
+            in("r12") argument,
+            in("r13") child,
+            lateout("rcx") _,
+            lateout("r11") _,
+        );
+    }
+    match i32::try_from(result) {
+        Ok(pid) if pid > 0 => Ok(pid),
+        Ok(error) => Err(io::Error::from_raw_os_error(-error)),
+        Err(_) => Err(io::Error::from_raw_os_error(libc::EIO)),
     }
 }
 
 /// From linux/sched.h; wider than the C library's type for flags.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// A system call that leaves `errno` alone, for a process that shares it with another.
+///
+/// # Safety
+/// As the call itself asks.
+unsafe fn call(number: libc::c_long, arguments: [usize; 4]) -> Result<usize, i32> {
+    let result: isize;
+    // SAFETY: the convention of system calls on x86-64; what the call does is the caller's matter.
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            inlateout("rax") number => result,
+            in("rdi") arguments[0],
+            in("rsi") arguments[1],
+            in("rdx") arguments[2],
+            in("r10") arguments[3],
+            lateout("rcx") _,
+            lateout("r11") _,
+            options(nostack),
+        );
+    }
+    usize::try_from(result).map_err(|_| i32::try_from(-result).unwrap_or(libc::EIO))
+}
 
 /// Ends the process at once, without running what the parent meant to run at its own end.
 pub(crate) fn exit_now(code: i32) -> ! {
@@ -50,15 +122,26 @@ pub(crate) fn exit_now(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
-/// Replaces the program. Returns only the error.
-pub(crate) fn execve(path: &CString, argv: &[CString], env: &[CString]) -> io::Error {
-    let pointers = |list: &[CString]| {
-        list.iter().map(|text| text.as_ptr()).chain(std::iter::once(std::ptr::null())).collect::<Vec<_>>()
-    };
-    let (argv, env) = (pointers(argv), pointers(env));
+/// Texts for [`execve`], with the null pointer behind them.
+pub(crate) struct Texts {
+    pointers: Vec<*const c_char>,
+    _owned: Vec<CString>,
+}
+
+impl Texts {
+    pub(crate) fn new(texts: Vec<CString>) -> Texts {
+        // The texts' bytes lie on the heap and stay where they are when the vector moves.
+        let pointers = texts.iter().map(|text| text.as_ptr()).chain(std::iter::once(std::ptr::null())).collect();
+        Texts { pointers, _owned: texts }
+    }
+}
+
+/// Replaces the program. Returns only the error's number. Neither allocates nor touches `errno`.
+pub(crate) fn execve(path: &CStr, argv: &Texts, env: &Texts) -> i32 {
+    let address = |pointer: *const *const c_char| pointer as usize;
+    let arguments = [path.as_ptr() as usize, address(argv.pointers.as_ptr()), address(env.pointers.as_ptr()), 0];
     // SAFETY: both arrays end with a null pointer, and all strings outlive the call.
-    unsafe { libc::execve(path.as_ptr(), argv.as_ptr(), env.as_ptr()) };
-    io::Error::last_os_error()
+    unsafe { call(libc::SYS_execve, arguments) }.err().unwrap_or(libc::EIO)
 }
 
 /// A child that has ended.
@@ -114,30 +197,43 @@ pub(crate) fn child_signal() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Gives a program that is about to be started the signal state it expects: nothing blocked, nothing ignored.
-pub(crate) fn default_signals() {
-    // SAFETY: the set is filled before use, and SIG_DFL is a valid disposition. Numbers without a signal fail harmlessly.
+/// Has every program that the agent starts begin with no signal ignored. A closed pipe still does not end the agent: its
+/// signal gets a handler that does nothing, which another program does not inherit.
+pub(crate) fn reset_signals() {
+    extern "C" fn nothing(_: i32) {}
+    let handler: extern "C" fn(i32) = nothing;
+    // SAFETY: SIG_DFL is a valid disposition and the handler does nothing. Numbers without a signal fail harmlessly.
     unsafe {
-        let mut set: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&mut set);
-        libc::sigprocmask(libc::SIG_SETMASK, &set, std::ptr::null_mut());
         for signal in 1..32 {
             libc::signal(signal, libc::SIG_DFL);
         }
+        libc::signal(libc::SIGPIPE, handler as libc::sighandler_t);
     }
 }
 
-/// Makes `from` the descriptor `to`, open across exec.
-pub(crate) fn duplicate_onto(from: &OwnedFd, to: RawFd) -> io::Result<()> {
-    // SAFETY: used in a forked child for 0, 1 and 2 only, which no Rust value owns.
-    if unsafe { libc::dup2(from.as_raw_fd(), to) } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+/// Lets through the signals that the agent blocks. For the child, before it runs another program.
+pub(crate) fn unblock_signals() {
+    let none = 0_u64;
+    // SAFETY: the kernel's own signal set has eight bytes, and none of them is written.
+    let _cannot_fail = unsafe {
+        call(libc::SYS_rt_sigprocmask, [libc::SIG_SETMASK.unsigned_abs() as usize, &raw const none as usize, 0, 8])
+    };
+}
+
+/// Makes `from` the descriptor `to`, open across exec. For the child: nothing that Rust owns has the numbers 0, 1 and 2.
+pub(crate) fn duplicate_onto(from: RawFd, to: RawFd) -> Result<(), i32> {
+    let number = |fd: RawFd| fd.unsigned_abs() as usize;
+    // SAFETY: dup2 checks both numbers; `from` is never 0, 1 or 2, so it is not `to`.
+    unsafe { call(libc::SYS_dup2, [number(from), number(to), 0, 0]) }.map(drop)
 }
 
 /// Has every descriptor but 0, 1 and 2 closed when the next program starts: the agent's own are marked so anyway, those
 /// that whoever started it left open are not.
 pub(crate) fn close_strangers() {
     // SAFETY: this only sets flags, and closes nothing that Rust owns before exec.
-    unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    let _an_old_kernel = unsafe {
+        call(libc::SYS_close_range, [3, u32::MAX as usize, libc::CLOSE_RANGE_CLOEXEC as usize, 0])
+    };
 }
 
 /// Takes over a descriptor that this process was given by number.

@@ -108,7 +108,8 @@ impl Agent {
         }
         let cgroup = self.setup.manages_system.then_some(freeze::COMMANDS);
         match spawn::spawn(&request, cgroup) {
-            Ok(spawned) => {
+            Ok((spawned, launch)) => {
+                self.launches.insert(spawned.pid, launch);
                 self.execs.insert(request.stream, Exec::new(id, request, spawned, Instant::now()));
                 None
             }
