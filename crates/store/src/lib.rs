@@ -1,6 +1,7 @@
 //! Durable things. So far: meta, in SQLite.
 #![forbid(unsafe_code)]
 
+pub mod disk;
 mod ids;
 pub mod meta;
 mod schema;

@@ -69,6 +69,32 @@ async fn refusals_have_their_kind() {
     assert_eq!(output(&client, spec(&["true"])).await.2, CODE_0, "the channel goes on");
 }
 
+/// As execvp(3) has it.
+#[tokio::test]
+async fn programs_are_searched_for() {
+    use std::os::unix::fs::PermissionsExt;
+    let (guest, client) = started().await;
+    for (directory, name, text, mode) in [
+        ("first", "both", "echo not this one", 0o644),
+        ("second", "both", "#!/bin/sh\necho found $1", 0o755),
+        ("second", "bare", "echo a script without its first line: $0 $1", 0o755),
+        ("first", "plain", "text", 0o644),
+    ] {
+        std::fs::create_dir_all(guest.path(directory)).unwrap();
+        let path = guest.path(directory).join(name);
+        std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let (first, second) = (guest.path("first"), guest.path("second"));
+    let path = format!("{}:{}:/nowhere:/bin", first.display(), second.display());
+    let searched = |words: &[&str]| ExecSpec { env: [("PATH".into(), path.clone())].into(), ..spec(words) };
+    assert_eq!(output(&client, searched(&["both", "it"])).await.0, "found it\n");
+    let bare = format!("a script without its first line: {}/bare it\n", second.display());
+    assert_eq!(output(&client, searched(&["bare", "it"])).await.0, bare);
+    let denied = soon(client.exec(searched(&["plain"]))).await.map(|_| ()).unwrap_err();
+    assert_eq!(denied.kind, ErrorKind::Refused, "{denied}");
+}
+
 #[tokio::test]
 async fn another_user() {
     let (_guest, client) = started().await;

@@ -231,9 +231,8 @@ pub(crate) fn duplicate_onto(from: RawFd, to: RawFd) -> Result<(), i32> {
 /// that whoever started it left open are not.
 pub(crate) fn close_strangers() {
     // SAFETY: this only sets flags, and closes nothing that Rust owns before exec.
-    let _an_old_kernel = unsafe {
-        call(libc::SYS_close_range, [3, u32::MAX as usize, libc::CLOSE_RANGE_CLOEXEC as usize, 0])
-    };
+    let _an_old_kernel =
+        unsafe { call(libc::SYS_close_range, [3, u32::MAX as usize, libc::CLOSE_RANGE_CLOEXEC as usize, 0]) };
 }
 
 /// Takes over a descriptor that this process was given by number.
