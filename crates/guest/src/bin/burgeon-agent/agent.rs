@@ -23,7 +23,8 @@ use crate::{
     exec::{Exec, Source},
     files::{Get, Put},
     spawn::{self, Launch, failure},
-    sys, system,
+    sys::{self, Stack},
+    system,
 };
 
 /// Reads of the channel in one turn; a virtio port gives 4 KiB at a time.
@@ -63,6 +64,8 @@ struct Agent {
     execs: BTreeMap<u32, Exec>,
     /// By process: what a child that is no program yet still uses.
     launches: BTreeMap<i32, Launch>,
+    /// For the next command.
+    spare_stack: Option<Stack>,
     puts: BTreeMap<u32, Put>,
     gets: BTreeMap<u32, Get>,
     /// The stream that sent last; the next one in order is served next.
@@ -76,6 +79,7 @@ struct Agent {
 /// Serves the channel for ever.
 pub(crate) fn run(channel: Channel, setup: Setup) -> io::Error {
     sys::reset_signals();
+    sys::wake_politely();
     let children = match sys::child_signal() {
         Ok(children) => children,
         Err(error) => return error,
@@ -87,6 +91,7 @@ pub(crate) fn run(channel: Channel, setup: Setup) -> io::Error {
         session: None,
         execs: BTreeMap::new(),
         launches: BTreeMap::new(),
+        spare_stack: None,
         puts: BTreeMap::new(),
         gets: BTreeMap::new(),
         served: 0,
@@ -397,7 +402,7 @@ impl Agent {
         let Some(start) = &mut exec.start else { return };
         let Some(outcome) = spawn::outcome(start, &exec.request) else { return };
         exec.start = None;
-        self.launches.remove(&exec.pid);
+        self.spare_stack = self.launches.remove(&exec.pid).map(|launch| launch.stack).or(self.spare_stack.take());
         let (id, pid) = (exec.id, u32::try_from(exec.pid).unwrap_or(0));
         if outcome.is_err() {
             self.execs.remove(&stream);
@@ -434,11 +439,7 @@ impl Agent {
                 exec.time_is_up();
             }
             if exec.silence_ends(blocked, now).is_some_and(|end| end <= now) {
-                for source in &mut exec.sources {
-                    if let Some(mut source) = source.take() {
-                        self.channel.push(end_frame(&mut source));
-                    }
-                }
+                exec.sources = [None, None];
             }
         }
     }
@@ -500,9 +501,8 @@ impl Agent {
             }
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => source.ready = false,
             // A terminal whose last user is gone says EIO; that is its end.
+            // The end needs no word of its own: `Exited` comes after all output.
             Ok(_) | Err(_) if is_exec => {
-                let sequence = source.sequence.take();
-                self.channel.commit(Header { kind: Kind::DataEnd, sequence, stream, length: 0 });
                 if let Some(exec) = exec {
                     exec.sources.iter_mut().for_each(|slot| {
                         slot.take_if(|slot| slot.stream == stream);
@@ -540,10 +540,4 @@ impl Agent {
 
 fn may_send(source: &Source) -> bool {
     source.ready && source.credit >= LEAST_COST
-}
-
-fn end_frame(source: &mut Source) -> Vec<u8> {
-    let mut frame = Vec::new();
-    burgeon_guest::protocol::encode_frame(&mut frame, Kind::DataEnd, source.sequence.take(), source.stream, &[]);
-    frame
 }

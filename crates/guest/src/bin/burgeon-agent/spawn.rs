@@ -44,7 +44,7 @@ pub(crate) struct Spawned {
 /// What the child reads, and the stack it runs on: to be kept until the command's `start` has told, or it has ended.
 pub(crate) struct Launch {
     _plan: Box<Plan>,
-    _stack: Stack,
+    pub(crate) stack: Stack,
 }
 
 /// What the child needs.
@@ -91,7 +91,7 @@ pub(crate) fn io_failure(action: &str, error: &io::Error) -> Failure {
 }
 
 /// Starts the command of `request`.
-pub(crate) fn spawn(request: &Exec, cgroup: Option<&str>) -> Result<(Spawned, Launch), Failure> {
+pub(crate) fn spawn(request: &Exec, cgroup: Option<&str>, stack: Stack) -> Result<(Spawned, Launch), Failure> {
     let system = |error: rustix::io::Errno| io_failure("cannot make pipes", &error.into());
     let pipe = || -> Result<(OwnedFd, OwnedFd), Failure> { pipe_with(PipeFlags::CLOEXEC).map_err(system) };
     let (start, start_child) = pipe()?;
@@ -119,13 +119,12 @@ pub(crate) fn spawn(request: &Exec, cgroup: Option<&str>) -> Result<(Spawned, La
 
     let report = start_child.as_raw_fd();
     let plan = Box::new(plan(request, stdio.each_ref().map(AsRawFd::as_raw_fd), report)?);
-    let (pid, launch) = start_child_process(plan, cgroup).map_err(|error| io_failure("cannot fork", &error))?;
+    let (pid, launch) = start_child_process(plan, stack, cgroup).map_err(|error| io_failure("cannot fork", &error))?;
     Ok((Spawned { pid, start: start.into(), input, output, errors }, launch))
 }
 
 /// Starts the child in the cgroup, or, where the kernel does not offer that, without it: the command runs all the same.
-fn start_child_process(plan: Box<Plan>, cgroup: Option<&str>) -> io::Result<(i32, Launch)> {
-    let mut stack = Stack::new();
+fn start_child_process(plan: Box<Plan>, mut stack: Stack, cgroup: Option<&str>) -> io::Result<(i32, Launch)> {
     let argument = (&raw const *plan).cast::<c_void>();
     let mut start = |cgroup: Option<&OwnedFd>| {
         // SAFETY: the plan and the stack stay in the launch, which the agent keeps until the child needs them no more.
@@ -136,7 +135,7 @@ fn start_child_process(plan: Box<Plan>, cgroup: Option<&str>) -> io::Result<(i32
         Some(Ok(pid)) => pid,
         Some(Err(_)) | None => start(None)?,
     };
-    Ok((pid, Launch { _plan: plan, _stack: stack }))
+    Ok((pid, Launch { _plan: plan, stack }))
 }
 
 fn terminal(size: TerminalSize) -> io::Result<(OwnedFd, OwnedFd)> {

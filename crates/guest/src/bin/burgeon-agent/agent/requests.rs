@@ -10,7 +10,8 @@ use crate::{
     files::{self, Get, Put},
     freeze,
     spawn::{self, failure},
-    sys, system,
+    sys::{self, Stack},
+    system,
 };
 
 /// How long processes may take to end when the agent is process 1 and the guest stops.
@@ -107,7 +108,7 @@ impl Agent {
             return Some(Err(failure(FailureKind::Unsupported, "the workload is frozen")));
         }
         let cgroup = self.setup.manages_system.then_some(freeze::COMMANDS);
-        match spawn::spawn(&request, cgroup) {
+        match spawn::spawn(&request, cgroup, self.spare_stack.take().unwrap_or_else(Stack::new)) {
             Ok((spawned, launch)) => {
                 self.launches.insert(spawned.pid, launch);
                 self.execs.insert(request.stream, Exec::new(id, request, spawned, Instant::now()));
