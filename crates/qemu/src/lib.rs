@@ -6,6 +6,7 @@
 pub mod command;
 pub mod disk;
 pub mod facts;
+pub mod nbd;
 pub mod probe;
 pub mod process;
 pub mod qmp;

@@ -1,0 +1,3 @@
+//! Disks served to the tools of others.
+
+mod nbd;
