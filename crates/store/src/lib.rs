@@ -1,8 +1,13 @@
 //! Durable things. So far: meta, in SQLite.
 #![forbid(unsafe_code)]
 
+pub mod chunk;
 mod ids;
 pub mod meta;
+pub mod pack;
 mod schema;
+#[cfg(test)]
+mod testing;
+mod wire;
 
 pub use ids::{ChunkId, PackId, Place};
