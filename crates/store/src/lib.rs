@@ -3,6 +3,7 @@
 
 pub mod chunk;
 mod ids;
+pub mod map;
 pub mod meta;
 pub mod pack;
 mod schema;
