@@ -5,6 +5,7 @@ pub mod chunk;
 mod ids;
 pub mod map;
 pub mod meta;
+pub mod objects;
 pub mod pack;
 mod schema;
 #[cfg(test)]
