@@ -1,6 +1,7 @@
-//! Durable things. So far: meta, in SQLite.
+//! Durable things: meta, the catalog of chunks, and the SQL below both.
 #![forbid(unsafe_code)]
 
+pub mod catalog;
 pub mod chunk;
 pub mod disk;
 mod ids;
@@ -9,6 +10,7 @@ pub mod meta;
 pub mod objects;
 pub mod pack;
 mod schema;
+pub mod sql;
 #[cfg(test)]
 mod testing;
 mod wire;

@@ -1,30 +1,21 @@
 //! Meta: what is wanted, and what was finished. The truth; queues and events are only hints.
 //!
-//! One thread owns the database. Requests that wait at the same time are committed together, each in
-//! a savepoint of its own, so that one that is refused does not take the others with it. An answer is
-//! given only after the commit is on the disk.
-
-use std::{path::Path, thread};
+//! Writes are committed in groups and answered when they are on the disk: see [`crate::sql`]. Reads see every write
+//! that was answered before them.
 
 use burgeon_api::{
-    Error, ErrorKind, PipelineId, Result, VmId,
+    Error, PipelineId, Result, VmId,
     http::RunPipeline,
     pipeline::{FileEntry, PipelineView},
     profile::Profile,
     vm::{Intent, Observed},
 };
-use rusqlite::{Connection, OptionalExtension, Row, params};
 use serde::{Serialize, de::DeserializeOwned};
-use tokio::sync::{mpsc, oneshot};
 
-use crate::schema;
-
-type Work = Box<dyn FnOnce(&Connection) -> Answer + Send>;
-/// Whether the work's savepoint is kept, and the reply to send after the commit.
-type Answer = (bool, Box<dyn FnOnce(Result<()>) + Send>);
-
-/// Requests committed together at most.
-const MOST_GROUPED: usize = 256;
+use crate::{
+    schema::META,
+    sql::{Address, Connection, Database, Row},
+};
 
 /// A row of `vm`.
 #[derive(Clone, Debug, PartialEq)]
@@ -53,56 +44,17 @@ pub struct PipelineRow {
 /// A handle to the meta database. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Meta {
-    work: mpsc::Sender<Work>,
+    database: Database,
 }
 
 impl Meta {
-    /// Opens or creates the database.
+    /// Opens or creates the database, in a file or on a PostgreSQL server.
     ///
     /// # Errors
-    /// `Refused` for a newer schema; `Damaged` for a file that is no database.
-    pub fn open(path: &Path) -> Result<Meta> {
-        let failed = |error: rusqlite::Error| {
-            let kind = match error.sqlite_error_code() {
-                Some(rusqlite::ErrorCode::NotADatabase | rusqlite::ErrorCode::DatabaseCorrupt) => ErrorKind::Damaged,
-                _ => ErrorKind::Internal,
-            };
-            Error::new(kind, format!("open {}: {error}", path.display()))
-        };
-        let mut connection = Connection::open(path).map_err(failed)?;
-        connection.busy_timeout(std::time::Duration::from_secs(5)).map_err(failed)?;
-        connection.pragma_update(None, "journal_mode", "WAL").map_err(failed)?;
-        connection.pragma_update(None, "synchronous", "FULL").map_err(failed)?;
-        connection.pragma_update(None, "foreign_keys", "ON").map_err(failed)?;
-        schema::migrate(&mut connection)?;
-        let (work, receiver) = mpsc::channel(1024);
-        thread::Builder::new()
-            .name("meta".into())
-            .spawn(move || commit_loop(&mut connection, receiver))
-            .map_err(|error| Error::io("start the meta thread", &error))?;
-        Ok(Meta { work })
-    }
-
-    async fn with<T: Send + 'static>(
-        &self,
-        action: &'static str,
-        body: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
-    ) -> Result<T> {
-        let (sender, receiver) = oneshot::channel();
-        let work: Work = Box::new(move |connection| {
-            let outcome = body(connection);
-            let keep = outcome.is_ok();
-            (
-                keep,
-                Box::new(move |committed: Result<()>| {
-                    // The asker may have gone away.
-                    drop(sender.send(committed.and(outcome)));
-                }),
-            )
-        });
-        let gone = || Error::unavailable("meta is closed");
-        self.work.send(work).await.map_err(|_| gone())?;
-        receiver.await.map_err(|_| gone())?.map_err(|error| error.context(action))
+    /// `Refused` for a newer schema; `Damaged` for a file that is no database; `NotFound`, `Refused` or `Unavailable`
+    /// for a server's database that is not there, not allowed or not reached.
+    pub fn open(address: impl Into<Address>) -> Result<Meta> {
+        Ok(Meta { database: Database::open(&address.into(), &META)? })
     }
 
     /// Adds a VM. Asking again with the same id changes nothing.
@@ -110,34 +62,33 @@ impl Meta {
     /// # Errors
     /// `Conflict` when the name is taken by another.
     pub async fn create_vm(&self, row: VmRow) -> Result<VmRow> {
-        self.with("create VM", move |connection| {
-            if let Some(existing) = find_vm(connection, "id", &row.id.to_string())? {
-                return Ok(existing);
-            }
-            if find_vm(connection, "name", &row.name)?.is_some() {
-                return Err(Error::conflict(format!("a VM named \"{}\" exists", row.name))
-                    .with_hint(format!("choose another name, or remove it: burgeon vm rm {}", row.name)));
-            }
-            connection
-                .prepare_cached("INSERT INTO vm VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)")
-                .and_then(|mut statement| {
-                    statement.execute(params![
-                        row.id.to_string(),
-                        row.name,
-                        row.image,
-                        to_json(&row.profile),
-                        to_json(&row.intent),
-                        to_json(&row.observed),
-                        row.launched,
-                        row.pipeline.map(|id| id.to_string()),
-                        signed(row.version),
-                        signed(row.created_s),
-                    ])
-                })
-                .map_err(sql)?;
-            Ok(row)
-        })
-        .await
+        self.database
+            .write("create VM", move |connection| {
+                if let Some(existing) = find_vm(connection, "id", &row.id.to_string())? {
+                    return Ok(existing);
+                }
+                if find_vm(connection, "name", &row.name)?.is_some() {
+                    return Err(Error::conflict(format!("a VM named \"{}\" exists", row.name))
+                        .with_hint(format!("choose another name, or remove it: burgeon vm rm {}", row.name)));
+                }
+                connection.execute(
+                    "INSERT INTO vm VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+                    &[
+                        row.id.to_string().into(),
+                        row.name.as_str().into(),
+                        row.image.as_str().into(),
+                        to_json(&row.profile).into(),
+                        to_json(&row.intent).into(),
+                        to_json(&row.observed).into(),
+                        row.launched.into(),
+                        row.pipeline.map(|id| id.to_string()).into(),
+                        row.version.into(),
+                        row.created_s.into(),
+                    ],
+                )?;
+                Ok(row.clone())
+            })
+            .await
     }
 
     /// All VMs, oldest first.
@@ -145,12 +96,11 @@ impl Meta {
     /// # Errors
     /// `Damaged` for a row that does not read.
     pub async fn vms(&self) -> Result<Vec<VmRow>> {
-        self.with("list VMs", |connection| {
-            let mut statement = connection.prepare_cached("SELECT * FROM vm ORDER BY id").map_err(sql)?;
-            let rows = statement.query_map([], |row| Ok(read_vm(row))).map_err(sql)?;
-            rows.map(|row| row.map_err(sql)?).collect()
-        })
-        .await
+        self.database
+            .read("list VMs", |connection| {
+                connection.query("SELECT * FROM vm ORDER BY id", &[])?.iter().map(read_vm).collect()
+            })
+            .await
     }
 
     /// One VM by name or id.
@@ -159,17 +109,18 @@ impl Meta {
     /// `NotFound`.
     pub async fn vm(&self, name_or_id: &str) -> Result<VmRow> {
         let key = name_or_id.to_string();
-        self.with("find VM", move |connection| {
-            let found = match find_vm(connection, "name", &key)? {
-                None => find_vm(connection, "id", &key)?,
-                found => found,
-            };
-            found.ok_or_else(|| {
-                Error::not_found(format!("there is no VM \"{}\"", burgeon_api::path_text::printable(&key)))
-                    .with_hint("burgeon ps lists the VMs there are")
+        self.database
+            .read("find VM", move |connection| {
+                let found = match find_vm(connection, "name", &key)? {
+                    None => find_vm(connection, "id", &key)?,
+                    found => found,
+                };
+                found.ok_or_else(|| {
+                    Error::not_found(format!("there is no VM \"{}\"", burgeon_api::path_text::printable(&key)))
+                        .with_hint("burgeon ps lists the VMs there are")
+                })
             })
-        })
-        .await
+            .await
     }
 
     /// Sets what is wanted of a VM. `expected` is the version the caller has seen, where it cares.
@@ -177,26 +128,28 @@ impl Meta {
     /// # Errors
     /// `NotFound`; `Conflict` when the row has changed since.
     pub async fn set_intent(&self, id: VmId, intent: Intent, expected: Option<u64>) -> Result<VmRow> {
-        self.with("change VM", move |connection| {
-            let row = find_vm(connection, "id", &id.to_string())?
-                .ok_or_else(|| Error::not_found(format!("VM {id} is gone")))?;
-            if expected.is_some_and(|version| version != row.version) {
-                return Err(Error::conflict(format!("VM {} has changed: its version is {}", row.name, row.version))
+        self.database
+            .write("change VM", move |connection| {
+                let row = find_vm(connection, "id", &id.to_string())?
+                    .ok_or_else(|| Error::not_found(format!("VM {id} is gone")))?;
+                if expected.is_some_and(|version| version != row.version) {
+                    return Err(Error::conflict(format!(
+                        "VM {} has changed: its version is {}",
+                        row.name, row.version
+                    ))
                     .with_hint("read it again and repeat"));
-            }
-            if row.intent == Intent::Removed || row.intent == intent {
-                return Ok(row);
-            }
-            let row = VmRow { intent, version: row.version + 1, ..row };
-            connection
-                .prepare_cached("UPDATE vm SET intent = ?2, version = ?3 WHERE id = ?1")
-                .and_then(|mut statement| {
-                    statement.execute(params![id.to_string(), to_json(&row.intent), signed(row.version)])
-                })
-                .map_err(sql)?;
-            Ok(row)
-        })
-        .await
+                }
+                if row.intent == Intent::Removed || row.intent == intent {
+                    return Ok(row);
+                }
+                let row = VmRow { intent, version: row.version + 1, ..row };
+                connection.execute(
+                    "UPDATE vm SET intent = $2, version = $3 WHERE id = $1",
+                    &[id.to_string().into(), to_json(&row.intent).into(), row.version.into()],
+                )?;
+                Ok(row)
+            })
+            .await
     }
 
     /// Keeps what was last known of a VM.
@@ -204,14 +157,15 @@ impl Meta {
     /// # Errors
     /// The database's.
     pub async fn set_observed(&self, id: VmId, observed: Observed, launched: bool) -> Result<()> {
-        self.with("keep VM's state", move |connection| {
-            connection
-                .prepare_cached("UPDATE vm SET observed = ?2, launched = ?3 WHERE id = ?1")
-                .and_then(|mut statement| statement.execute(params![id.to_string(), to_json(&observed), launched]))
-                .map_err(sql)?;
-            Ok(())
-        })
-        .await
+        self.database
+            .write("keep VM's state", move |connection| {
+                connection.execute(
+                    "UPDATE vm SET observed = $2, launched = $3 WHERE id = $1",
+                    &[id.to_string().into(), to_json(&observed).into(), launched.into()],
+                )?;
+                Ok(())
+            })
+            .await
     }
 
     /// Forgets a VM that the host has removed.
@@ -219,11 +173,12 @@ impl Meta {
     /// # Errors
     /// The database's.
     pub async fn forget_vm(&self, id: VmId) -> Result<()> {
-        self.with("forget VM", move |connection| {
-            connection.execute("DELETE FROM vm WHERE id = ?1", [id.to_string()]).map_err(sql)?;
-            Ok(())
-        })
-        .await
+        self.database
+            .write("forget VM", move |connection| {
+                connection.execute("DELETE FROM vm WHERE id = $1", &[id.to_string().into()])?;
+                Ok(())
+            })
+            .await
     }
 
     /// Marks every VM of a run for removal.
@@ -231,16 +186,15 @@ impl Meta {
     /// # Errors
     /// The database's.
     pub async fn remove_vms_of(&self, pipeline: PipelineId) -> Result<()> {
-        self.with("remove the VMs of a run", move |connection| {
-            connection
-                .execute(
-                    "UPDATE vm SET intent = ?2, version = version + 1 WHERE pipeline = ?1 AND intent <> ?2",
-                    params![pipeline.to_string(), to_json(&Intent::Removed)],
-                )
-                .map_err(sql)?;
-            Ok(())
-        })
-        .await
+        self.database
+            .write("remove the VMs of a run", move |connection| {
+                connection.execute(
+                    "UPDATE vm SET intent = $2, version = version + 1 WHERE pipeline = $1 AND intent <> $2",
+                    &[pipeline.to_string().into(), to_json(&Intent::Removed).into()],
+                )?;
+                Ok(())
+            })
+            .await
     }
 
     /// Adds a run. Asking again with the same id changes nothing.
@@ -248,23 +202,22 @@ impl Meta {
     /// # Errors
     /// The database's.
     pub async fn create_pipeline(&self, row: PipelineRow) -> Result<()> {
-        self.with("create run", move |connection| {
-            connection
-                .execute(
-                    "INSERT INTO pipeline VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT DO NOTHING",
-                    params![
-                        row.view.id.to_string(),
-                        row.view.name,
-                        to_json(&row.request),
-                        to_json(&row.view.state),
-                        to_json(&row.view),
-                        signed(row.view.created_s),
+        self.database
+            .write("create run", move |connection| {
+                connection.execute(
+                    "INSERT INTO pipeline VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING",
+                    &[
+                        row.view.id.to_string().into(),
+                        row.view.name.as_str().into(),
+                        to_json(&row.request).into(),
+                        to_json(&row.view.state).into(),
+                        to_json(&row.view).into(),
+                        row.view.created_s.into(),
                     ],
-                )
-                .map_err(sql)?;
-            Ok(())
-        })
-        .await
+                )?;
+                Ok(())
+            })
+            .await
     }
 
     /// Keeps how far a run is, together with items finished since.
@@ -272,23 +225,21 @@ impl Meta {
     /// # Errors
     /// The database's.
     pub async fn keep_progress(&self, view: PipelineView, items: Vec<(Vec<u8>, FileEntry)>) -> Result<()> {
-        self.with("keep the run's progress", move |connection| {
-            connection
-                .prepare_cached("UPDATE pipeline SET state = ?2, view = ?3 WHERE id = ?1")
-                .and_then(|mut statement| {
-                    statement.execute(params![view.id.to_string(), to_json(&view.state), to_json(&view)])
-                })
-                .map_err(sql)?;
-            let mut statement = connection
-                .prepare_cached("INSERT INTO item VALUES (?1, ?2, ?3) ON CONFLICT DO NOTHING")
-                .map_err(sql)?;
-            let id = view.id.to_string();
-            for (path, entry) in items {
-                statement.execute(params![id, path, to_json(&entry)]).map_err(sql)?;
-            }
-            Ok(())
-        })
-        .await
+        self.database
+            .write("keep the run's progress", move |connection| {
+                let id = view.id.to_string();
+                connection.execute(
+                    "UPDATE pipeline SET state = $2, view = $3 WHERE id = $1",
+                    &[id.as_str().into(), to_json(&view.state).into(), to_json(&view).into()],
+                )?;
+                let rows: Vec<_> = items
+                    .iter()
+                    .map(|(path, entry)| vec![id.as_str().into(), path.as_slice().into(), to_json(entry).into()])
+                    .collect();
+                connection.execute_each("INSERT INTO item VALUES ($1, $2, $3) ON CONFLICT DO NOTHING", &rows)?;
+                Ok(())
+            })
+            .await
     }
 
     /// All runs, oldest first.
@@ -296,18 +247,14 @@ impl Meta {
     /// # Errors
     /// `Damaged` for a row that does not read.
     pub async fn pipelines(&self) -> Result<Vec<PipelineRow>> {
-        self.with("list runs", |connection| {
-            let mut statement =
-                connection.prepare_cached("SELECT request, view FROM pipeline ORDER BY id").map_err(sql)?;
-            let rows =
-                statement.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))).map_err(sql)?;
-            rows.map(|row| {
-                let (request, view) = row.map_err(sql)?;
-                Ok(PipelineRow { request: from_json(&request)?, view: from_json(&view)? })
+        self.database
+            .read("list runs", |connection| {
+                let rows = connection.query("SELECT request, view FROM pipeline ORDER BY id", &[])?;
+                let read =
+                    |row: &Row| Ok(PipelineRow { request: from_json(row.text(0)?)?, view: from_json(row.text(1)?)? });
+                rows.iter().map(read).collect()
             })
-            .collect()
-        })
-        .await
+            .await
     }
 
     /// The finished items of a run, by path.
@@ -315,20 +262,13 @@ impl Meta {
     /// # Errors
     /// `Damaged` for a row that does not read.
     pub async fn items(&self, pipeline: PipelineId) -> Result<Vec<(Vec<u8>, FileEntry)>> {
-        self.with("read the run's items", move |connection| {
-            let mut statement = connection
-                .prepare_cached("SELECT path, entry FROM item WHERE pipeline = ?1 ORDER BY path")
-                .map_err(sql)?;
-            let rows = statement
-                .query_map([pipeline.to_string()], |row| Ok((row.get::<_, Vec<u8>>(0)?, row.get::<_, String>(1)?)))
-                .map_err(sql)?;
-            rows.map(|row| {
-                let (path, entry) = row.map_err(sql)?;
-                Ok((path, from_json(&entry)?))
+        self.database
+            .read("read the run's items", move |connection| {
+                let sql = "SELECT path, entry FROM item WHERE pipeline = $1 ORDER BY path";
+                let rows = connection.query(sql, &[pipeline.to_string().into()])?;
+                rows.iter().map(|row| Ok((row.blob(0)?.to_vec(), from_json(row.text(1)?)?))).collect()
             })
-            .collect()
-        })
-        .await
+            .await
     }
 
     /// Drops the items of runs that are over and reported; their views stay.
@@ -336,82 +276,33 @@ impl Meta {
     /// # Errors
     /// The database's.
     pub async fn drop_items(&self, pipeline: PipelineId) -> Result<()> {
-        self.with("drop the run's items", move |connection| {
-            connection.execute("DELETE FROM item WHERE pipeline = ?1", [pipeline.to_string()]).map_err(sql)?;
-            Ok(())
-        })
-        .await
+        self.database
+            .write("drop the run's items", move |connection| {
+                connection.execute("DELETE FROM item WHERE pipeline = $1", &[pipeline.to_string().into()])?;
+                Ok(())
+            })
+            .await
     }
 }
 
-fn commit_loop(connection: &mut Connection, mut receiver: mpsc::Receiver<Work>) {
-    while let Some(first) = receiver.blocking_recv() {
-        let mut group = vec![first];
-        while group.len() < MOST_GROUPED
-            && let Ok(next) = receiver.try_recv()
-        {
-            group.push(next);
-        }
-        let mut replies = Vec::with_capacity(group.len());
-        let committed = (|| {
-            let mut transaction = connection.transaction().map_err(sql)?;
-            for work in group {
-                let savepoint = transaction.savepoint().map_err(sql)?;
-                let (keep, reply) = work(&savepoint);
-                if keep {
-                    savepoint.commit().map_err(sql)?;
-                } else {
-                    // Dropping a savepoint rolls it back.
-                    drop(savepoint);
-                }
-                replies.push(reply);
-            }
-            transaction.commit().map_err(sql)
-        })();
-        if let Err(error) = &committed {
-            tracing::error!(%error, "meta could not commit");
-        }
-        for reply in replies {
-            reply(committed.clone());
-        }
-    }
+fn find_vm(connection: &mut Connection, column: &'static str, key: &str) -> Result<Option<VmRow>> {
+    let found = connection.query_first(&format!("SELECT * FROM vm WHERE {column} = $1"), &[key.into()])?;
+    found.as_ref().map(read_vm).transpose()
 }
 
-fn find_vm(connection: &Connection, column: &'static str, key: &str) -> Result<Option<VmRow>> {
-    connection
-        .prepare_cached(&format!("SELECT * FROM vm WHERE {column} = ?1"))
-        .and_then(|mut statement| statement.query_row([key], |row| Ok(read_vm(row))).optional())
-        .map_err(sql)?
-        .transpose()
-}
-
-fn read_vm(row: &Row<'_>) -> Result<VmRow> {
-    let text = |index: usize| row.get::<_, String>(index).map_err(sql);
-    let number = |index: usize| row.get::<_, i64>(index).map_err(sql).map(i64::unsigned_abs);
+fn read_vm(row: &Row) -> Result<VmRow> {
     Ok(VmRow {
-        id: text(0)?.parse()?,
-        name: text(1)?,
-        image: text(2)?,
-        profile: from_json(&text(3)?)?,
-        intent: from_json(&text(4)?)?,
-        observed: from_json(&text(5)?)?,
-        launched: row.get(6).map_err(sql)?,
-        pipeline: row.get::<_, Option<String>>(7).map_err(sql)?.map(|id| id.parse()).transpose()?,
-        version: number(8)?,
-        created_s: number(9)?,
+        id: row.text(0)?.parse()?,
+        name: row.text(1)?.into(),
+        image: row.text(2)?.into(),
+        profile: from_json(row.text(3)?)?,
+        intent: from_json(row.text(4)?)?,
+        observed: from_json(row.text(5)?)?,
+        launched: row.boolean(6)?,
+        pipeline: row.optional_text(7)?.map(str::parse).transpose()?,
+        version: row.unsigned(8)?,
+        created_s: row.unsigned(9)?,
     })
-}
-
-#[expect(clippy::needless_pass_by_value, reason = "given to map_err as it is")]
-fn sql(error: rusqlite::Error) -> Error {
-    match error.sqlite_error_code() {
-        Some(rusqlite::ErrorCode::DiskFull) => Error::refused("the disk that holds meta is full")
-            .with_hint("free some space, or put the data directory elsewhere with --data DIR"),
-        Some(rusqlite::ErrorCode::DatabaseCorrupt | rusqlite::ErrorCode::NotADatabase) => {
-            Error::damaged(format!("meta is damaged: {error}"))
-        }
-        _ => Error::internal(format!("meta: {error}")),
-    }
 }
 
 fn to_json(value: &impl Serialize) -> String {
@@ -421,79 +312,4 @@ fn to_json(value: &impl Serialize) -> String {
 
 fn from_json<T: DeserializeOwned>(text: &str) -> Result<T> {
     serde_json::from_str(text).map_err(|error| Error::damaged(format!("meta holds a row that does not read: {error}")))
-}
-
-/// SQLite's integers are signed; our counters never come near the sign.
-fn signed(number: u64) -> i64 {
-    i64::try_from(number).unwrap_or(i64::MAX)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn row(name: &str) -> VmRow {
-        VmRow {
-            id: VmId::generate(),
-            name: name.into(),
-            image: "tiny".into(),
-            profile: Profile::default(),
-            intent: Intent::Running,
-            observed: Observed::Pending,
-            launched: false,
-            pipeline: None,
-            version: 1,
-            created_s: 5,
-        }
-    }
-
-    fn open() -> (tempfile::TempDir, Meta) {
-        let directory = tempfile::tempdir().unwrap();
-        let meta = Meta::open(&directory.path().join("meta.db")).unwrap();
-        (directory, meta)
-    }
-
-    #[tokio::test]
-    async fn a_vm_lives_in_meta() {
-        let (_directory, meta) = open();
-        let web = meta.create_vm(row("web")).await.unwrap();
-        assert_eq!(meta.create_vm(web.clone()).await.unwrap(), web, "the same id again changes nothing");
-        assert_eq!(meta.create_vm(row("web")).await.unwrap_err().kind, ErrorKind::Conflict);
-        assert_eq!(meta.vm("web").await.unwrap(), web);
-        assert_eq!(meta.vm(&web.id.to_string()).await.unwrap(), web);
-        let stale = meta.set_intent(web.id, Intent::Stopped, Some(9)).await.unwrap_err();
-        assert_eq!(stale.kind, ErrorKind::Conflict);
-        assert_eq!(meta.set_intent(web.id, Intent::Removed, Some(1)).await.unwrap().version, 2);
-        let kept = meta.set_intent(web.id, Intent::Running, None).await.unwrap();
-        assert_eq!(kept.intent, Intent::Removed, "removal is final");
-        meta.forget_vm(web.id).await.unwrap();
-        assert_eq!(meta.vm("web").await.unwrap_err().kind, ErrorKind::NotFound);
-    }
-
-    #[tokio::test]
-    async fn a_refusal_does_not_take_its_group_with_it() {
-        let (_directory, meta) = open();
-        let all = (0..64).map(|index| {
-            let meta = meta.clone();
-            tokio::spawn(async move { meta.create_vm(row(&format!("vm-{}", index / 2))).await })
-        });
-        let mut refused = 0;
-        for task in all.collect::<Vec<_>>() {
-            refused += usize::from(task.await.unwrap().is_err());
-        }
-        assert_eq!(refused, 32);
-        assert_eq!(meta.vms().await.unwrap().len(), 32);
-    }
-
-    #[tokio::test]
-    async fn a_newer_schema_is_refused_by_name() {
-        let (directory, meta) = open();
-        drop(meta);
-        let path = directory.path().join("meta.db");
-        Connection::open(&path).unwrap().pragma_update(None, "user_version", 99).unwrap();
-        let error = Meta::open(&path).unwrap_err();
-        assert!(error.message.contains("schema version 99"), "{error}");
-        std::fs::write(directory.path().join("junk"), vec![7; 5000]).unwrap();
-        assert_eq!(Meta::open(&directory.path().join("junk")).unwrap_err().kind, ErrorKind::Damaged);
-    }
 }

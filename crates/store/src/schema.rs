@@ -1,9 +1,18 @@
 //! The schema of meta and its versions.
 
-use burgeon_api::{Error, Result};
-use rusqlite::Connection;
+use crate::sql::Component;
 
-/// One entry per version; entry n brings version n to n + 1.
+pub(crate) static META: Component = Component {
+    name: "meta",
+    migrations: &MIGRATIONS,
+    user_version: true,
+    lock: 0x6d65_7461, // "meta" in ASCII
+    cache_kib: 8 << 10,
+    checkpoint_pages: 1000,
+    readers: 1,
+};
+
+/// One entry per version; entry n brings version n to n + 1. In SQLite's words, translated for PostgreSQL by `sql`.
 const MIGRATIONS: [&str; 1] = ["
     CREATE TABLE vm (
         id TEXT PRIMARY KEY,
@@ -33,27 +42,3 @@ const MIGRATIONS: [&str; 1] = ["
         PRIMARY KEY (pipeline, path)
     ) STRICT, WITHOUT ROWID;
 "];
-
-/// Brings the database to this program's version.
-///
-/// # Errors
-/// `Refused` for a database of a newer Burgeon.
-pub(crate) fn migrate(connection: &mut Connection) -> Result<()> {
-    let failed = |error: rusqlite::Error| Error::internal(format!("prepare meta: {error}"));
-    let known = MIGRATIONS.len();
-    let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(failed)?;
-    let version = usize::try_from(version).unwrap_or(usize::MAX);
-    if version > known {
-        return Err(Error::refused(format!(
-            "meta has schema version {version}; this Burgeon knows versions up to {known}"
-        ))
-        .with_hint("use the newer Burgeon that wrote it, or another data directory"));
-    }
-    for (index, migration) in MIGRATIONS.iter().enumerate().skip(version) {
-        let transaction = connection.transaction().map_err(failed)?;
-        transaction.execute_batch(migration).map_err(failed)?;
-        transaction.pragma_update(None, "user_version", index + 1).map_err(failed)?;
-        transaction.commit().map_err(failed)?;
-    }
-    Ok(())
-}

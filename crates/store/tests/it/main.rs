@@ -1,6 +1,7 @@
-//! Tests of burgeon-store on real directories and servers: one binary.
-#![allow(clippy::unwrap_used, reason = "a test that panics says where")]
+//! The store on real directories, databases and servers, in one binary.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, reason = "helpers of tests are tests")]
 #![forbid(unsafe_code)]
 
 mod contract;
 mod directory;
+mod sql;

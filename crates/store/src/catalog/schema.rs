@@ -1,0 +1,43 @@
+//! The schema of the catalog and its versions.
+
+use crate::sql::Component;
+
+pub(super) static CATALOG: Component = Component {
+    name: "catalog",
+    migrations: &MIGRATIONS,
+    user_version: false,
+    lock: 0x6361_7461_6c6f_67, // "catalog" in ASCII
+    // Chunks come in the order of their hashes, so that every group of them touches pages all over the table. A large
+    // cache and a long log write such a page to the file once for many groups.
+    cache_kib: 64 << 10,
+    checkpoint_pages: 16_384,
+    readers: 2,
+};
+
+/// One entry per version; entry n brings version n to n + 1. In SQLite's words, translated for PostgreSQL by `sql`.
+const MIGRATIONS: [&str; 1] = ["
+    CREATE TABLE pack (
+        id BLOB PRIMARY KEY,
+        length INTEGER NOT NULL,
+        state TEXT NOT NULL,
+        created_us INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE chunk (
+        id BLOB PRIMARY KEY,
+        pack BLOB NOT NULL,
+        position INTEGER NOT NULL,
+        stored INTEGER NOT NULL,
+        length INTEGER NOT NULL,
+        kind INTEGER NOT NULL,
+        touched_us INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE root (
+        kind TEXT NOT NULL,
+        name TEXT NOT NULL,
+        map BLOB NOT NULL,
+        created_us INTEGER NOT NULL,
+        expires_us INTEGER,
+        note TEXT NOT NULL,
+        PRIMARY KEY (kind, name)
+    ) STRICT, WITHOUT ROWID;
+"];

@@ -1,0 +1,82 @@
+//! Meta's behaviour.
+
+use burgeon_api::{
+    ErrorKind, PipelineId, VmId,
+    profile::Profile,
+    vm::{Intent, Observed},
+};
+use burgeon_store::meta::{Meta, VmRow};
+
+use super::{Home, on_both_engines};
+
+pub(super) fn row(name: &str) -> VmRow {
+    VmRow {
+        id: VmId::generate(),
+        name: name.into(),
+        image: "tiny".into(),
+        profile: Profile::default(),
+        intent: Intent::Running,
+        observed: Observed::Pending,
+        launched: false,
+        pipeline: None,
+        version: 1,
+        created_s: 5,
+    }
+}
+
+on_both_engines! {
+    a_vm_lives_in_meta,
+    a_refusal_does_not_take_its_group_with_it,
+    the_vms_of_a_run_are_removed_together,
+    what_is_kept_is_there_after_opening_again,
+}
+
+async fn a_vm_lives_in_meta(home: Home) {
+    let meta = Meta::open(&home.address).unwrap();
+    let web = meta.create_vm(row("web")).await.unwrap();
+    assert_eq!(meta.create_vm(web.clone()).await.unwrap(), web, "the same id again changes nothing");
+    assert_eq!(meta.create_vm(row("web")).await.unwrap_err().kind, ErrorKind::Conflict);
+    assert_eq!(meta.vm("web").await.unwrap(), web);
+    assert_eq!(meta.vm(&web.id.to_string()).await.unwrap(), web);
+    let stale = meta.set_intent(web.id, Intent::Stopped, Some(9)).await.unwrap_err();
+    assert_eq!(stale.kind, ErrorKind::Conflict);
+    assert_eq!(meta.set_intent(web.id, Intent::Removed, Some(1)).await.unwrap().version, 2);
+    let kept = meta.set_intent(web.id, Intent::Running, None).await.unwrap();
+    assert_eq!(kept.intent, Intent::Removed, "removal is final");
+    meta.forget_vm(web.id).await.unwrap();
+    assert_eq!(meta.vm("web").await.unwrap_err().kind, ErrorKind::NotFound);
+}
+
+async fn a_refusal_does_not_take_its_group_with_it(home: Home) {
+    let meta = Meta::open(&home.address).unwrap();
+    let all = (0..64).map(|index| {
+        let meta = meta.clone();
+        tokio::spawn(async move { meta.create_vm(row(&format!("vm-{}", index / 2))).await })
+    });
+    let mut refused = 0;
+    for task in all.collect::<Vec<_>>() {
+        refused += usize::from(task.await.unwrap().is_err());
+    }
+    assert_eq!(refused, 32);
+    assert_eq!(meta.vms().await.unwrap().len(), 32);
+}
+
+async fn the_vms_of_a_run_are_removed_together(home: Home) {
+    let meta = Meta::open(&home.address).unwrap();
+    let run = PipelineId::generate();
+    let own = meta.create_vm(VmRow { pipeline: Some(run), ..row("step-1") }).await.unwrap();
+    let other = meta.create_vm(row("web")).await.unwrap();
+    meta.remove_vms_of(run).await.unwrap();
+    let own = meta.vm(&own.name).await.unwrap();
+    assert_eq!((own.intent, own.version), (Intent::Removed, 2));
+    assert_eq!(meta.vm("web").await.unwrap(), other);
+}
+
+async fn what_is_kept_is_there_after_opening_again(home: Home) {
+    let meta = Meta::open(&home.address).unwrap();
+    let web = meta.create_vm(row("wéb")).await.unwrap();
+    meta.set_observed(web.id, Observed::Pending, true).await.unwrap();
+    drop(meta);
+    let meta = Meta::open(&home.address).unwrap();
+    assert_eq!(meta.vms().await.unwrap(), [VmRow { launched: true, ..web }]);
+}
