@@ -3,6 +3,8 @@
 
 pub mod catalog;
 pub mod chunk;
+pub mod chunk_store;
+pub mod cut;
 pub mod disk;
 mod ids;
 pub mod map;

@@ -10,6 +10,7 @@
 //! Calls block, and may come from many threads at once; requests that overlap while both are under way take effect in
 //! any order, as on a real disk.
 
+mod image_base;
 mod layer;
 mod states;
 
@@ -22,6 +23,7 @@ use std::{
 
 use burgeon_api::{Error, Result};
 
+pub use image_base::ImageBase;
 use layer::Layer;
 pub use layer::MOST_BYTES;
 use states::State;

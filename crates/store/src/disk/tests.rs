@@ -238,3 +238,44 @@ fn writers_side_by_side_lose_nothing() {
         assert!(bytes.iter().all(|byte| usize::from(*byte) == sector % 8 + 1), "sector {sector}");
     }
 }
+
+#[test]
+fn an_image_below_is_fetched_once() {
+    use crate::chunk_store::{ChunkStore, Source, Writer, ingest};
+    let directory = tempfile::tempdir().unwrap();
+    let source = Source { now_us: Arc::new(|| 1), uuid: Arc::new(|| [1; 16]) };
+    let store = ChunkStore::open(&directory.path().join("store"), source).unwrap();
+    let mut picture = crate::testing::noise(1, (9 << 20) + 512);
+    picture[1 << 20..2 << 20].fill(0);
+    picture[5_000_000..5_000_900].fill(0);
+    let mut writer = Writer::new(&store);
+    let cutter = crate::cut::Cutter::FastCdc16K;
+    let ingested = ingest(&store, &mut writer, &picture[..], cutter, None, &mut |_| {}).unwrap();
+    writer.flush().unwrap();
+    let cache = directory.path().join("cache");
+    let base = Arc::new(ImageBase::open(store.clone(), ingested.map.root(), &cache).unwrap());
+    assert!(!base.is_near(0..512) && base.fetched_bytes() == 0);
+    let disk = Disk::open(directory.path(), 12 << 20, &["top".into()], base.clone()).unwrap();
+    // Here and there, in pieces that fit nothing.
+    let mut seeded = crate::testing::Seeded::new(3);
+    for _ in 0..400 {
+        let offset = seeded.below(picture.len() / 512 - 1) * 512;
+        let length = (seeded.below(60_000) + 1).min(picture.len() - offset);
+        let mut bytes = vec![7; length];
+        disk.read(offset as u64, &mut bytes).unwrap();
+        assert!(bytes == picture[offset..offset + length], "{offset} {length}");
+        assert!(disk.is_near(offset as u64, length as u64));
+    }
+    let mut bytes = contents(&disk);
+    assert!(bytes[picture.len()..].iter().all(|byte| *byte == 0));
+    bytes.truncate(picture.len());
+    assert!(bytes == picture);
+    assert_eq!(disk.extent(1 << 20, 2 << 20).unwrap().0, Extent::Zero);
+    let fetched = base.fetched_bytes();
+    contents(&disk);
+    assert_eq!(base.fetched_bytes(), fetched, "nothing is fetched twice");
+    // The next start of the same image, on another machine: what the first one read is there before it is asked for.
+    let other = ImageBase::open(store, ingested.map.root(), &directory.path().join("other")).unwrap();
+    other.prefetch(&base.trace()).unwrap();
+    assert!(other.is_near(0..other.length()));
+}

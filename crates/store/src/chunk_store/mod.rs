@@ -1,0 +1,212 @@
+//! Chunks by their names: found through the catalog, read from packs, verified, and kept in memory for a while.
+//!
+//! One [`ChunkStore`] serves a process; several processes may have one on the same directory. Calls block. What a read
+//! gives has its name's BLAKE3: a copy that has not is reported with where it lies, and never handed out.
+
+mod cache;
+mod flights;
+mod ingest;
+mod writer;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use burgeon_api::{Error, Result};
+use bytes::Bytes;
+
+pub use ingest::{Ingested, MapBytes, ingest};
+pub use writer::{Writer, Written};
+
+use self::{cache::Cache, flights::Flights};
+use crate::{
+    ChunkId, PackId, Place,
+    catalog::Catalog,
+    map::{Map, Nodes},
+    objects::{Directory, OpenObject},
+    pack::{self, RECORD_HEADER_BYTES},
+};
+
+/// Plain bytes of chunks in memory.
+const CACHE_BYTES: usize = 64 << 20;
+/// Packs that are held open.
+const OPEN_PACKS: usize = 64;
+
+/// The time and the random numbers that a store needs; its owner provides them.
+#[derive(Clone)]
+pub struct Source {
+    /// Microseconds since 1970.
+    pub now_us: Arc<dyn Fn() -> u64 + Send + Sync>,
+    /// A new UUID, version 7.
+    pub uuid: Arc<dyn Fn() -> [u8; 16] + Send + Sync>,
+}
+
+/// See the module.
+pub struct ChunkStore {
+    catalog: Catalog,
+    objects: Directory,
+    source: Source,
+    cache: Mutex<Cache<ChunkId, Bytes>>,
+    packs: Mutex<Cache<PackId, Arc<OpenObject>>>,
+    flights: Flights,
+}
+
+/// The name of a pack's object. Two digits spread the packs over folders.
+fn object_name(pack: PackId) -> String {
+    format!("packs/{:02x}/{pack}.pack", pack.0[15])
+}
+
+impl ChunkStore {
+    /// Opens or creates the store in a directory: its catalog and its packs.
+    ///
+    /// # Errors
+    /// As [`Catalog::open`] and [`Directory::open`].
+    pub fn open(directory: &Path, source: Source) -> Result<Arc<ChunkStore>> {
+        let objects = Directory::open(directory)?;
+        let catalog = Catalog::open(directory.join("catalog.db").as_path())?;
+        Ok(Arc::new(ChunkStore {
+            catalog,
+            objects,
+            source,
+            cache: Mutex::new(Cache::new(CACHE_BYTES)),
+            packs: Mutex::new(Cache::new(OPEN_PACKS)),
+            flights: Flights::default(),
+        }))
+    }
+
+    /// What chunks, packs and roots there are.
+    pub fn catalog(&self) -> &Catalog {
+        &self.catalog
+    }
+
+    fn now_us(&self) -> u64 {
+        (self.source.now_us)()
+    }
+
+    /// A chunk's bytes. Callers that want the same one at the same time share one read.
+    ///
+    /// # Errors
+    /// `NotFound` for a chunk that is not here; `Damaged` for one whose bytes are not what they were.
+    pub fn get(&self, id: ChunkId) -> Result<Bytes> {
+        if let Some(bytes) = self.cached(id) {
+            return Ok(bytes);
+        }
+        self.flights.share(id, || {
+            let places = self.catalog.blocking_places(vec![id])?;
+            let place = places.first().copied().flatten().ok_or_else(|| missing(id))?;
+            let bytes = Bytes::from(self.read(id, place)?);
+            lock(&self.cache).put(id, bytes.clone(), bytes.len());
+            Ok(bytes)
+        })
+    }
+
+    /// Several chunks: looked up together, and read in the order in which they lie. They do not go through the cache:
+    /// for those who read much, once.
+    ///
+    /// # Errors
+    /// As [`Self::get`], for the first one that cannot be had.
+    pub fn get_many(&self, ids: &[ChunkId]) -> Result<Vec<Vec<u8>>> {
+        let places = self.catalog.blocking_places(ids.to_vec())?;
+        let mut order: Vec<(Place, usize)> = Vec::with_capacity(ids.len());
+        for (index, (id, place)) in ids.iter().zip(places).enumerate() {
+            order.push((place.ok_or_else(|| missing(*id))?, index));
+        }
+        order.sort_unstable_by_key(|(place, _)| (place.pack, place.offset));
+        let mut found = vec![Vec::new(); ids.len()];
+        for (place, index) in order {
+            found[index] = self.read(ids[index], place)?;
+        }
+        Ok(found)
+    }
+
+    /// Reads bytes of a map, past the cache: for those who read much, once.
+    ///
+    /// # Errors
+    /// As [`Self::get`]; `Invalid` beyond the map's end.
+    pub fn read_map(&self, map: &Map, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        let pieces = map.lookup(self, offset..offset + bytes.len() as u64)?;
+        let mut ids: Vec<ChunkId> = pieces.iter().filter_map(|piece| piece.source.map(|(id, _)| id)).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        let chunks = self.get_many(&ids)?;
+        for piece in pieces {
+            let position = |at: u64| usize::try_from(at - offset).unwrap_or(0);
+            let target = &mut bytes[position(piece.range.start)..position(piece.range.end)];
+            let Some((id, within)) = piece.source else {
+                target.fill(0);
+                continue;
+            };
+            let chunk = ids.binary_search(&id).ok().map(|index| chunks[index].as_slice());
+            target.copy_from_slice(part(id, chunk.unwrap_or_default(), within, target.len())?);
+        }
+        Ok(())
+    }
+
+    /// Whether a chunk is in memory.
+    pub fn is_cached(&self, id: ChunkId) -> bool {
+        lock(&self.cache).get(&id).is_some()
+    }
+
+    fn cached(&self, id: ChunkId) -> Option<Bytes> {
+        lock(&self.cache).get(&id)
+    }
+
+    /// Reads a record and verifies it.
+    fn read(&self, id: ChunkId, place: Place) -> Result<Vec<u8>> {
+        let object = self.open_pack(place.pack)?;
+        let length = RECORD_HEADER_BYTES + usize::try_from(place.stored).unwrap_or(0);
+        let mut bytes = vec![0; length];
+        let name = object_name(place.pack);
+        object
+            .read_at(place.offset, &mut bytes)
+            .and_then(|()| pack::read_record(&bytes, id))
+            .map(|record| record.plain)
+            .map_err(|error| {
+                error
+                    .context(format!("{} at byte {}", self.objects.describe(&name), place.offset))
+                    .with_hint("find all damage with burgeon store scrub; build or import the image again")
+            })
+    }
+
+    fn open_pack(&self, pack: PackId) -> Result<Arc<OpenObject>> {
+        if let Some(object) = lock(&self.packs).get(&pack) {
+            return Ok(object);
+        }
+        let object = Arc::new(self.objects.open_object(&object_name(pack))?);
+        lock(&self.packs).put(pack, object.clone(), 1);
+        Ok(object)
+    }
+
+    /// The directory of this machine that a path inside the store stands for.
+    #[must_use]
+    pub fn describe(&self, pack: PackId) -> PathBuf {
+        PathBuf::from(self.objects.describe(&object_name(pack)))
+    }
+}
+
+impl Nodes for ChunkStore {
+    fn get(&self, id: ChunkId) -> Result<Bytes> {
+        self.get(id)
+    }
+}
+
+/// Bytes of a chunk that a map says are in it.
+pub(crate) fn part(id: ChunkId, chunk: &[u8], within: u32, length: usize) -> Result<&[u8]> {
+    let within = usize::try_from(within).unwrap_or(usize::MAX);
+    chunk
+        .get(within..within.saturating_add(length))
+        .ok_or_else(|| Error::damaged(format!("{id:?} has {} bytes, and a map asks for more", chunk.len())))
+}
+
+fn missing(id: ChunkId) -> Error {
+    Error::not_found(format!("{id:?} is not in the store")).with_hint("burgeon store fsck tells what misses it")
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // The caches are whole after each of their calls, so a panic elsewhere does not spoil them.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests;
