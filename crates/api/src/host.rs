@@ -91,6 +91,12 @@ pub enum Request {
     List,
     /// Returns once the launch is recorded; `Watch` tells how it goes.
     Launch(Box<Launch>),
+    /// Starts a VM that has stopped, with its disk. `starts` counts what was asked for: a number that the
+    /// host has begun already changes nothing.
+    Start {
+        vm: VmId,
+        starts: u32,
+    },
     Stop {
         vm: VmId,
         mode: StopMode,

@@ -116,6 +116,9 @@ pub struct HostVm {
     pub cpu_milliseconds: Option<u64>,
     /// How often the host process found this VM running after its own restart.
     pub adoptions: u32,
+    /// Which of the starts that were asked for after the first the host has begun; see [`VmView::starts`].
+    #[serde(default)]
+    pub starts: u32,
 }
 
 /// A VM: what is wanted and what is known.
@@ -133,6 +136,9 @@ pub struct VmView {
     pub pipeline: Option<String>,
     /// The row's version; give it back as If-Match.
     pub version: u64,
+    /// How often its user has asked to start it again after it had stopped.
+    #[serde(default)]
+    pub starts: u32,
     /// Seconds since 1970.
     pub created_s: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -195,6 +195,14 @@ pub enum VmCommand {
         #[arg(long, short)]
         recursive: bool,
     },
+    /// Start VMs that have stopped again, with their disks
+    Start {
+        #[arg(required = true)]
+        vms: Vec<String>,
+        /// Do not wait until they run
+        #[arg(long)]
+        no_wait: bool,
+    },
     /// Ask a VM to power off
     Stop {
         #[arg(required = true)]

@@ -76,6 +76,10 @@ impl HostClient {
         self.done(Request::Launch(Box::new(launch)), QUICK).await
     }
 
+    pub(crate) async fn start(&self, vm: VmId, starts: u32) -> Result<()> {
+        self.done(Request::Start { vm, starts }, QUICK).await
+    }
+
     pub(crate) async fn stop(&self, vm: VmId, mode: StopMode) -> Result<()> {
         self.done(Request::Stop { vm, mode }, SLOW).await
     }

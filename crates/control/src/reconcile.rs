@@ -8,7 +8,7 @@ use burgeon_api::{
     host::{Request, StopMode},
     vm::{Intent, Observed},
 };
-use burgeon_plan::vm::{Action, HostSeen, Wanted, decide, is_over};
+use burgeon_plan::vm::{Action, HostSeen, Wanted, decide, is_over, is_start_awaited};
 use burgeon_store::meta::VmRow;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -80,6 +80,7 @@ async fn look_and_act(state: &Shared) {
             intent: row.intent,
             launched_before: row.launched,
             ended: is_over(&row.observed),
+            starts: row.starts,
         })
         .collect();
     let temporary = state.temporary.borrow().clone();
@@ -101,6 +102,7 @@ async fn keep_observed(state: &State, rows: &[VmRow], seen: &HostSeen) {
     for row in rows {
         if let Some(vm) = vms.iter().find(|vm| vm.id == row.id)
             && (vm.observed != row.observed || !row.launched)
+            && !is_start_awaited(row.starts, vm)
             && let Err(error) = state.meta.set_observed(row.id, vm.observed.clone(), true).await
         {
             tracing::error!(vm = %row.name, %error, "its state could not be kept");
@@ -135,6 +137,11 @@ async fn act(state: &State, action: Action, row: Option<VmRow>) {
             // Without its image it can never start.
             Err(error) => give_up(state, *id, &error).await,
         },
+        (Action::Start { id, starts }, _) => {
+            let outcome = state.host.start(*id, *starts).await;
+            state.kick.notify_one();
+            outcome
+        }
         (Action::Stop { id }, _) => {
             let grace = u64::try_from(GRACE.as_millis()).unwrap_or(u64::MAX);
             let outcome = state.host.stop(*id, StopMode::Graceful { deadline_ms: grace }).await;

@@ -16,6 +16,7 @@ use burgeon_api::{
     vm::{HostVm, Intent, Observed, VmView},
 };
 use burgeon_host::layout::Layout;
+use burgeon_plan::vm::is_start_awaited;
 use burgeon_store::meta::{Meta, VmRow};
 use tokio::sync::{Notify, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -78,7 +79,7 @@ impl State {
         let seen = self.seen.borrow();
         let on_host = seen.vms.iter().find(|vm| vm.id == row.id).cloned();
         let observed = match (&on_host, &seen.unreachable) {
-            (Some(vm), None) => vm.observed.clone(),
+            (Some(vm), None) if !is_start_awaited(row.starts, vm) => vm.observed.clone(),
             (_, Some(reason)) if row.launched && !burgeon_plan::vm::is_over(&row.observed) => {
                 Observed::Unknown { reason: reason.clone() }
             }
@@ -93,6 +94,7 @@ impl State {
             observed,
             pipeline: row.pipeline.map(|id| id.to_string()),
             version: row.version,
+            starts: row.starts,
             created_s: row.created_s,
             on_host,
         }

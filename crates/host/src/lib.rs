@@ -8,6 +8,7 @@
 mod cgroup;
 mod console;
 mod display;
+mod kept;
 pub mod layout;
 mod prepare;
 mod record;

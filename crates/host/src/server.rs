@@ -100,6 +100,10 @@ impl Connection {
                 self.registry.launch(*launch).await?;
                 reply(stream, &Reply::Done).await
             }
+            Request::Start { vm, starts } => {
+                self.ask_vm(vm, |done| Command::Start { starts, done }).await??;
+                reply(stream, &Reply::Done).await
+            }
             Request::Stop { vm, mode } => {
                 self.ask_vm(vm, |done| Command::Stop { mode, done }).await??;
                 reply(stream, &Reply::Done).await

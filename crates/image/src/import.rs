@@ -99,7 +99,7 @@ pub fn import(
 
 fn head(file: &mut File) -> io::Result<Vec<u8>> {
     let mut head = Vec::new();
-    file.take(qcow2::HEAD as u64).read_to_end(&mut head)?;
+    file.take(qcow2::HEAD).read_to_end(&mut head)?;
     file.seek(SeekFrom::Start(0))?;
     Ok(head)
 }

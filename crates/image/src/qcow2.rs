@@ -4,11 +4,14 @@ use burgeon_api::{Error, Result};
 
 pub(crate) const MAGIC: &[u8] = b"QFI\xfb";
 /// Bytes of the file that [`check`] wants to see, where it has as many.
-pub(crate) const HEAD: usize = 1 << 16;
+pub const HEAD: u64 = 1 << 16;
 
 /// Refuses what would make QEMU open another file: a backing file or an external data file. A
 /// user's image must not name, say, `/etc/shadow`, and have it read into a disk.
-pub(crate) fn check(head: &[u8]) -> Result<()> {
+///
+/// # Errors
+/// `Refused`, `Invalid` or `Damaged`, with what is wrong.
+pub fn check(head: &[u8]) -> Result<()> {
     let damaged = || Error::damaged("the qcow2 file's header is malformed");
     let number = |at: usize, size: usize| -> Result<u64> {
         let bytes = head.get(at..at + size).ok_or_else(damaged)?;

@@ -41,6 +41,8 @@ pub struct VmRow {
     pub pipeline: Option<PipelineId>,
     pub version: u64,
     pub created_s: u64,
+    /// How often its user has asked to start it again.
+    pub starts: u32,
 }
 
 /// A row of `pipeline`.
@@ -119,7 +121,7 @@ impl Meta {
                     .with_hint(format!("choose another name, or remove it: burgeon vm rm {}", row.name)));
             }
             connection
-                .prepare_cached("INSERT INTO vm VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)")
+                .prepare_cached("INSERT INTO vm VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, NULL)")
                 .and_then(|mut statement| {
                     statement.execute(params![
                         row.id.to_string(),
@@ -132,6 +134,7 @@ impl Meta {
                         row.pipeline.map(|id| id.to_string()),
                         signed(row.version),
                         signed(row.created_s),
+                        row.starts,
                     ])
                 })
                 .map_err(sql)?;
@@ -194,6 +197,42 @@ impl Meta {
                     statement.execute(params![id.to_string(), to_json(&row.intent), signed(row.version)])
                 })
                 .map_err(sql)?;
+            Ok(row)
+        })
+        .await
+    }
+
+    /// Wants a VM that has stopped started again.
+    ///
+    /// # Errors
+    /// `NotFound`; `Conflict` when the row is not the one that the caller has seen.
+    pub async fn start_again(&self, seen: VmRow) -> Result<VmRow> {
+        self.with("start VM", move |connection| {
+            let row = VmRow {
+                intent: Intent::Running,
+                observed: Observed::Pending,
+                version: seen.version + 1,
+                starts: seen.starts + 1,
+                ..seen
+            };
+            let changed = connection
+                .prepare_cached(
+                    "UPDATE vm SET intent = ?2, observed = ?3, version = ?4, starts = ?5 WHERE id = ?1 AND version = ?6",
+                )
+                .and_then(|mut statement| {
+                    statement.execute(params![
+                        row.id.to_string(),
+                        to_json(&row.intent),
+                        to_json(&row.observed),
+                        signed(row.version),
+                        row.starts,
+                        signed(seen.version),
+                    ])
+                })
+                .map_err(sql)?;
+            if changed == 0 {
+                return Err(Error::conflict(format!("VM {} has changed", row.name)).with_hint("read it again and repeat"));
+            }
             Ok(row)
         })
         .await
@@ -399,6 +438,7 @@ fn read_vm(row: &Row<'_>) -> Result<VmRow> {
         pipeline: row.get::<_, Option<String>>(7).map_err(sql)?.map(|id| id.parse()).transpose()?,
         version: number(8)?,
         created_s: number(9)?,
+        starts: row.get(10).map_err(sql)?,
     })
 }
 
@@ -444,6 +484,7 @@ mod tests {
             pipeline: None,
             version: 1,
             created_s: 5,
+            starts: 0,
         }
     }
 
@@ -468,6 +509,37 @@ mod tests {
         assert_eq!(kept.intent, Intent::Removed, "removal is final");
         meta.forget_vm(web.id).await.unwrap();
         assert_eq!(meta.vm("web").await.unwrap_err().kind, ErrorKind::NotFound);
+    }
+
+    #[tokio::test]
+    async fn a_stopped_vm_is_asked_to_start_once_for_each_version_seen() {
+        let (_directory, meta) = open();
+        let web = meta.create_vm(row("web")).await.unwrap();
+        let stopped = meta.set_intent(web.id, Intent::Stopped, None).await.unwrap();
+        let again = meta.start_again(stopped.clone()).await.unwrap();
+        assert_eq!((again.intent, again.starts, again.version), (Intent::Running, 1, 3));
+        assert_eq!(meta.vm("web").await.unwrap(), again);
+        assert_eq!(meta.start_again(stopped).await.unwrap_err().kind, ErrorKind::Conflict);
+    }
+
+    #[tokio::test]
+    async fn a_meta_of_the_first_version_is_taken_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("meta.db");
+        let id = VmId::generate();
+        let old = Connection::open(&path).unwrap();
+        old.execute_batch(schema::FIRST).unwrap();
+        old.pragma_update(None, "user_version", 1).unwrap();
+        let values = params![id.to_string(), to_json(&Profile::default())];
+        old.execute(
+            r#"INSERT INTO vm VALUES (?1, 'web', 'tiny', ?2, '"stopped"', '{"state":"running"}', 1, NULL, 4, 5)"#,
+            values,
+        )
+        .unwrap();
+        drop(old);
+        let meta = Meta::open(&path).unwrap();
+        let kept = meta.vm("web").await.unwrap();
+        assert_eq!((kept.id, kept.intent, kept.version, kept.starts), (id, Intent::Stopped, 4, 0));
     }
 
     #[tokio::test]

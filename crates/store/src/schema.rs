@@ -4,7 +4,9 @@ use burgeon_api::{Error, Result};
 use rusqlite::Connection;
 
 /// One entry per version; entry n brings version n to n + 1.
-const MIGRATIONS: [&str; 1] = ["
+const MIGRATIONS: [&str; 2] = [FIRST, SECOND];
+
+pub(crate) const FIRST: &str = "
     CREATE TABLE vm (
         id TEXT PRIMARY KEY,
         name TEXT NOT NULL UNIQUE,
@@ -32,7 +34,13 @@ const MIGRATIONS: [&str; 1] = ["
         entry TEXT NOT NULL,
         PRIMARY KEY (pipeline, path)
     ) STRICT, WITHOUT ROWID;
-"];
+";
+
+/// VMs that are started again; who may log in to a foreign image.
+const SECOND: &str = "
+    ALTER TABLE vm ADD COLUMN starts INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE vm ADD COLUMN login TEXT;
+";
 
 /// Brings the database to this program's version.
 ///

@@ -31,6 +31,7 @@ pub(super) async fn run(context: &Context, command: VmCommand) -> Result<u8> {
         VmCommand::Display { vm, socket } => display(context, &vm, socket).await,
         VmCommand::Ssh { vm, arguments } => ssh(context, &vm, &arguments).await,
         VmCommand::Cp { from, to, recursive } => copy::copy(&context.client()?, &from, &to, recursive).await,
+        VmCommand::Start { vms, no_wait } => start(context, &vms, !no_wait).await,
         VmCommand::Stop { vms, force } => stop(context, &vms, force).await,
         VmCommand::Rm { vms, force } => remove(context, &vms, force).await,
         VmCommand::Freeze(VmName { vm }) => verb(context, &vm, "freeze").await,
@@ -75,8 +76,12 @@ async fn create(context: &Context, image: String, name: Option<String>, profile:
     Ok(0)
 }
 
+async fn wait_until_decided(client: &Client, vm: &VmView) -> Result<VmView> {
+    client.get(&format!("{}/wait", path(&vm.id.to_string()))).await
+}
+
 async fn wait_until_up(client: &Client, vm: &VmView) -> Result<VmView> {
-    let up: VmView = client.get(&format!("{}/wait", path(&vm.id.to_string()))).await?;
+    let up = wait_until_decided(client, vm).await?;
     match &up.observed {
         Observed::Failed { reason } | Observed::Stopped { reason } => {
             let error = Error::unavailable(format!("VM {} did not come up: {reason}", up.name));
@@ -159,6 +164,7 @@ async fn show(context: &Context, vm: &str, timing: bool) -> Result<u8> {
         ("network", format!("{:?}", view.profile.network).to_lowercase()),
         ("display", if view.profile.display { "yes" } else { "no" }.to_string()),
         ("version", view.version.to_string()),
+        ("started again", view.starts.to_string()),
     ];
     if let Some(pipeline) = &view.pipeline {
         lines.push(("pipeline", pipeline.clone()));
@@ -209,6 +215,29 @@ pub(super) async fn logs(context: &Context, vm: &str) -> Result<u8> {
 
 async fn verb(context: &Context, vm: &str, verb: &str) -> Result<u8> {
     context.client()?.post::<()>(&format!("{}/{verb}", path(vm)), &json!({})).await?;
+    Ok(0)
+}
+
+async fn start(context: &Context, vms: &[String], wait: bool) -> Result<u8> {
+    let client = context.client()?;
+    for vm in vms {
+        let mut view: VmView = client.post(&format!("{}/start", path(vm)), &json!({})).await?;
+        if view.observed == Observed::Running {
+            // A start takes longer than the answer to its request.
+            output::note(&format!("VM {} runs already", view.name));
+        } else if wait {
+            view = wait_until_decided(&client, &view).await?;
+            if let Observed::Failed { reason } | Observed::Stopped { reason } = &view.observed {
+                return Err(Error::unavailable(format!("VM {} did not come up: {reason}", view.name))
+                    .with_hint(format!("what its guest said last: burgeon logs {}", view.name)));
+            }
+        }
+        if context.json {
+            output::json(&view)?;
+        } else {
+            output::print(&format!("{}\n", view.name));
+        }
+    }
     Ok(0)
 }
 
