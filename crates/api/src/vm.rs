@@ -47,6 +47,8 @@ pub enum Observed {
     Failed { reason: String },
     /// The host process cannot be asked, or cannot reach the VM; it may well be running.
     Unknown { reason: String },
+    /// What is kept of it does not read, so nothing is done about it; it may well be running.
+    Damaged { reason: String },
 }
 
 impl Observed {
@@ -58,6 +60,7 @@ impl Observed {
             Observed::Stopped { .. } => "stopped",
             Observed::Failed { .. } => "failed",
             Observed::Unknown { .. } => "unknown",
+            Observed::Damaged { .. } => "damaged",
         }
     }
 
@@ -66,7 +69,10 @@ impl Observed {
         match self {
             Observed::Pending | Observed::Running => "",
             Observed::Starting { phase } => phase,
-            Observed::Stopped { reason } | Observed::Failed { reason } | Observed::Unknown { reason } => reason,
+            Observed::Stopped { reason }
+            | Observed::Failed { reason }
+            | Observed::Unknown { reason }
+            | Observed::Damaged { reason } => reason,
         }
     }
 }

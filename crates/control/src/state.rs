@@ -17,7 +17,7 @@ use burgeon_api::{
 };
 use burgeon_host::layout::Layout;
 use burgeon_plan::vm::is_start_awaited;
-use burgeon_store::meta::{Meta, VmRow};
+use burgeon_store::meta::{Damaged, Meta, VmRow};
 use tokio::sync::{Notify, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -98,6 +98,38 @@ impl State {
             created_s: row.created_s,
             on_host,
         }
+    }
+
+    /// A VM whose row does not read: what can be told of it all the same.
+    pub(crate) fn damaged_view(&self, row: Damaged) -> VmView {
+        let Damaged { id, name, reason } = row;
+        let known: Option<VmId> = id.parse().ok();
+        let on_host = known.and_then(|id| self.seen.borrow().vms.iter().find(|vm| vm.id == id).cloned());
+        VmView {
+            id: known.unwrap_or(VmId::NONE),
+            image: String::new(),
+            profile: Profile::default(),
+            intent: Intent::Running,
+            observed: Observed::Damaged {
+                reason: format!("its row, id {id}, does not read: {reason}; burgeon vm rm {id} removes it"),
+            },
+            name: if name.is_empty() { id } else { name },
+            pipeline: None,
+            version: 0,
+            starts: 0,
+            created_s: 0,
+            on_host,
+        }
+    }
+
+    /// All VMs as clients see them, those whose rows do not read at the end.
+    ///
+    /// # Errors
+    /// Meta's.
+    pub(crate) async fn views(&self) -> Result<Vec<VmView>> {
+        let (rows, damaged) = self.meta.all_vms().await?;
+        let good = rows.into_iter().map(|row| self.view(row));
+        Ok(good.chain(damaged.into_iter().map(|row| self.damaged_view(row))).collect())
     }
 
     /// Checks and records a new VM; the reconcile loop starts it.

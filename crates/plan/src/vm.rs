@@ -25,7 +25,8 @@
 //!   Before that, launching again is safe: the host knows the id.
 //! - **Orphans** come from a launch that was under way when its VM was removed. Meta is the truth, so
 //!   they go. The caller must read the host *before* meta: a row is committed before its launch is sent,
-//!   so a VM seen on the host then has its row. `creating` names ids whose commit is still under way.
+//!   so a VM seen on the host then has its row. [`Others`] are known by something else than a row that reads.
+//! - **One action for a VM at a time** ([`turn`]): slow ones are under way while the next decision is made.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -116,14 +117,24 @@ impl Action {
 /// The reason given for a VM that the host no longer has.
 pub const LOST: &str = "the host process no longer knows this VM; it is gone with what was on its disk";
 
+/// VMs that the host may have beside those of rows that read: nobody's orphans.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Others {
+    /// Of image builds, and of rows that do not read.
+    pub ids: BTreeSet<VmId>,
+    /// There is a row of which not even the id reads. Whichever VM it means, none is removed for want of a row.
+    pub nameless: bool,
+}
+
 /// At most one action for each VM; `seen` was read before `wanted`.
-pub fn decide(wanted: &[Wanted], creating: &BTreeSet<VmId>, seen: &HostSeen) -> Vec<Action> {
+pub fn decide(wanted: &[Wanted], others: &Others, seen: &HostSeen) -> Vec<Action> {
     let HostSeen::Reachable(on_host) = seen else {
         return Vec::new();
     };
     let on_host: BTreeMap<VmId, &HostVm> = on_host.iter().map(|vm| (vm.id, vm)).collect();
-    let known: BTreeSet<VmId> = wanted.iter().map(|row| row.id).chain(creating.iter().copied()).collect();
-    let orphans = on_host.keys().filter(|id| !known.contains(id)).map(|id| Action::RemoveOrphan { id: *id });
+    let known: BTreeSet<VmId> = wanted.iter().map(|row| row.id).chain(others.ids.iter().copied()).collect();
+    let orphans =
+        on_host.keys().filter(|id| !others.nameless && !known.contains(id)).map(|id| Action::RemoveOrphan { id: *id });
     let mut actions: Vec<Action> =
         wanted.iter().filter_map(|row| decide_one(row, on_host.get(&row.id).copied())).chain(orphans).collect();
     actions.sort_by_key(Action::rank);
@@ -146,6 +157,23 @@ fn decide_one(row: &Wanted, on_host: Option<&HostVm>) -> Option<Action> {
     }
 }
 
+/// What becomes of an action while another one for the same VM is under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// It waits; when the other has ended it is decided anew.
+    Wait,
+    /// It begins, and the other is waited for no more.
+    Replace,
+}
+
+/// A guest that is given time to stop does not keep its user from removing it. All else goes one after the other.
+pub fn turn(under_way: &Action, next: &Action) -> Turn {
+    match (under_way, next) {
+        (Action::Stop { .. }, Action::Remove { .. }) => Turn::Replace,
+        _ => Turn::Wait,
+    }
+}
+
 /// Whether the host has yet to start a VM again: that it stopped is then about the time before.
 pub fn is_start_awaited(starts: u32, on_host: &HostVm) -> bool {
     matches!(on_host.observed, Observed::Stopped { .. }) && on_host.starts < starts
@@ -155,7 +183,11 @@ pub fn is_start_awaited(starts: u32, on_host: &HostVm) -> bool {
 pub fn is_over(observed: &Observed) -> bool {
     match observed {
         Observed::Stopped { .. } | Observed::Failed { .. } => true,
-        Observed::Pending | Observed::Starting { .. } | Observed::Running | Observed::Unknown { .. } => false,
+        Observed::Pending
+        | Observed::Starting { .. }
+        | Observed::Running
+        | Observed::Unknown { .. }
+        | Observed::Damaged { .. } => false,
     }
 }
 
@@ -185,7 +217,7 @@ pub fn start(name: &str, intent: Intent, observed: &Observed, launched_before: b
             format!("has failed, and only a VM that has stopped can be started: {reason}"),
             format!("remove it and create another: burgeon vm rm {name}"),
         ),
-        (_, Observed::Unknown { reason }) => {
+        (_, Observed::Unknown { reason } | Observed::Damaged { reason }) => {
             Err(Error::unavailable(format!("VM {name} cannot be started: whether it runs is not known ({reason})"))
                 .with_hint(format!("burgeon vm show {name} tells when it is known again")))
         }

@@ -52,6 +52,25 @@ pub struct PipelineRow {
     pub view: PipelineView,
 }
 
+/// A row that does not read, with what can be told of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Damaged {
+    /// As it is kept, which need not be an id.
+    pub id: String,
+    pub name: String,
+    pub reason: String,
+}
+
+impl Damaged {
+    fn of(row: &Row<'_>, error: Error) -> Damaged {
+        let text = |index: usize| {
+            let bytes = row.get_ref(index).ok().and_then(|value| value.as_bytes().ok()).unwrap_or_default();
+            String::from_utf8_lossy(bytes).into_owned()
+        };
+        Damaged { id: text(0), name: text(1), reason: error.message }
+    }
+}
+
 /// A handle to the meta database. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Meta {
@@ -143,15 +162,35 @@ impl Meta {
         .await
     }
 
-    /// All VMs, oldest first.
+    /// All VMs whose rows read, oldest first.
     ///
     /// # Errors
-    /// `Damaged` for a row that does not read.
+    /// The database's.
     pub async fn vms(&self) -> Result<Vec<VmRow>> {
+        self.all_vms().await.map(|(rows, _)| rows)
+    }
+
+    /// All VMs, oldest first, and the rows that do not read: one of those hides no other.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn all_vms(&self) -> Result<(Vec<VmRow>, Vec<Damaged>)> {
         self.with("list VMs", |connection| {
             let mut statement = connection.prepare_cached("SELECT * FROM vm ORDER BY id").map_err(sql)?;
-            let rows = statement.query_map([], |row| Ok(read_vm(row))).map_err(sql)?;
-            rows.map(|row| row.map_err(sql)?).collect()
+            let rows = statement.query_map([], |row| Ok(read_vm(row).map_err(|error| Damaged::of(row, error))));
+            apart(rows.map_err(sql)?)
+        })
+        .await
+    }
+
+    /// Forgets a VM whose row does not read, by its id as it is kept.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn forget_damaged_vm(&self, id: String) -> Result<()> {
+        self.with("forget VM", move |connection| {
+            connection.execute("DELETE FROM vm WHERE id = ?1", [id]).map_err(sql)?;
+            Ok(())
         })
         .await
     }
@@ -330,21 +369,20 @@ impl Meta {
         .await
     }
 
-    /// All runs, oldest first.
+    /// All runs, oldest first, and the rows that do not read.
     ///
     /// # Errors
-    /// `Damaged` for a row that does not read.
-    pub async fn pipelines(&self) -> Result<Vec<PipelineRow>> {
+    /// The database's.
+    pub async fn pipelines(&self) -> Result<(Vec<PipelineRow>, Vec<Damaged>)> {
         self.with("list runs", |connection| {
             let mut statement =
-                connection.prepare_cached("SELECT request, view FROM pipeline ORDER BY id").map_err(sql)?;
-            let rows =
-                statement.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))).map_err(sql)?;
-            rows.map(|row| {
-                let (request, view) = row.map_err(sql)?;
-                Ok(PipelineRow { request: from_json(&request)?, view: from_json(&view)? })
-            })
-            .collect()
+                connection.prepare_cached("SELECT id, name, request, view FROM pipeline ORDER BY id").map_err(sql)?;
+            let read = |row: &Row<'_>| -> Result<PipelineRow> {
+                let text = |index: usize| row.get::<_, String>(index).map_err(sql);
+                Ok(PipelineRow { request: from_json(&text(2)?)?, view: from_json(&text(3)?)? })
+            };
+            let rows = statement.query_map([], |row| Ok(read(row).map_err(|error| Damaged::of(row, error))));
+            apart(rows.map_err(sql)?)
         })
         .await
     }
@@ -416,10 +454,34 @@ fn commit_loop(connection: &mut Connection, mut receiver: mpsc::Receiver<Work>) 
     }
 }
 
+/// Rows that read, and those that do not.
+fn apart<T>(
+    rows: impl Iterator<Item = rusqlite::Result<std::result::Result<T, Damaged>>>,
+) -> Result<(Vec<T>, Vec<Damaged>)> {
+    let (mut good, mut damaged) = (Vec::new(), Vec::new());
+    for row in rows {
+        match row.map_err(sql)? {
+            Ok(row) => good.push(row),
+            Err(row) => damaged.push(row),
+        }
+    }
+    Ok((good, damaged))
+}
+
 fn find_vm(connection: &Connection, column: &'static str, key: &str) -> Result<Option<VmRow>> {
     connection
         .prepare_cached(&format!("SELECT * FROM vm WHERE {column} = ?1"))
-        .and_then(|mut statement| statement.query_row([key], |row| Ok(read_vm(row))).optional())
+        .and_then(|mut statement| {
+            let read = |row: &Row<'_>| {
+                read_vm(row).map_err(|error| {
+                    let Damaged { id, name, reason } = Damaged::of(row, error);
+                    let shown = burgeon_api::path_text::printable(&name);
+                    Error::damaged(format!("the row of VM {shown} does not read: {reason}"))
+                        .with_hint(format!("burgeon vm rm {id} removes it, with the VM"))
+                })
+            };
+            statement.query_row([key], |row| Ok(read(row))).optional()
+        })
         .map_err(sql)?
         .transpose()
 }
@@ -520,6 +582,30 @@ mod tests {
         assert_eq!((again.intent, again.starts, again.version), (Intent::Running, 1, 3));
         assert_eq!(meta.vm("web").await.unwrap(), again);
         assert_eq!(meta.start_again(stopped).await.unwrap_err().kind, ErrorKind::Conflict);
+    }
+
+    #[tokio::test]
+    async fn a_damaged_row_hides_no_other_and_can_be_forgotten() {
+        let (directory, meta) = open();
+        let (web, bad) = (meta.create_vm(row("web")).await.unwrap(), meta.create_vm(row("bad")).await.unwrap());
+        let other = Connection::open(directory.path().join("meta.db")).unwrap();
+        for (column, garbage) in [("profile", "{"), ("intent", ""), ("observed", "{\"state\":\"confused\"}")] {
+            let update = format!("UPDATE vm SET {column} = ?2 WHERE id = ?1");
+            other.execute(&update, [&bad.id.to_string(), garbage]).unwrap();
+            let (good, damaged) = meta.all_vms().await.unwrap();
+            assert_eq!(good, [web.clone()], "{column}");
+            assert_eq!((damaged[0].id.as_str(), damaged[0].name.as_str()), (bad.id.to_string().as_str(), "bad"));
+            let error = meta.vm("bad").await.unwrap_err();
+            assert!(error.kind == ErrorKind::Damaged && error.message.contains("VM bad"), "{error}");
+            assert!(error.hint.unwrap().contains(&bad.id.to_string()));
+        }
+        other.execute("UPDATE vm SET id = 'no id' WHERE name = 'bad'", []).unwrap();
+        assert_eq!(meta.all_vms().await.unwrap().1[0].id, "no id");
+        meta.forget_damaged_vm("no id".into()).await.unwrap();
+        assert_eq!(meta.all_vms().await.unwrap(), (vec![web], vec![]));
+        other.execute("INSERT INTO pipeline VALUES ('p', 'run', '{}', '\"done\"', '[]', 7)", []).unwrap();
+        let (good, damaged) = meta.pipelines().await.unwrap();
+        assert_eq!((good, damaged[0].name.as_str()), (vec![], "run"));
     }
 
     #[tokio::test]

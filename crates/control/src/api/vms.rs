@@ -56,8 +56,7 @@ pub(super) fn add(routes: &mut Routes) {
 }
 
 async fn list(State(state): State<Shared>) -> Answer<Json<Vec<VmView>>> {
-    let rows = state.meta.vms().await?;
-    Ok(Json(rows.into_iter().map(|row| state.view(row)).collect()))
+    Ok(Json(state.views().await?))
 }
 
 async fn make(State(state): State<Shared>, Json(request): Json<CreateVm>) -> Answer<Json<VmView>> {
@@ -126,7 +125,10 @@ fn expected(headers: &HeaderMap) -> Result<Option<u64>> {
 }
 
 async fn remove(State(state): State<Shared>, Path(vm): Path<String>, headers: HeaderMap) -> Answer<()> {
-    let row = state.meta.vm(&vm).await?;
+    let row = match state.meta.vm(&vm).await {
+        Err(error) if error.kind == ErrorKind::Damaged => return Ok(remove_damaged(&state, &vm).await?),
+        row => row?,
+    };
     state.intend(row.id, Intent::Removed, expected(&headers)?).await?;
     let vanished = async {
         loop {
@@ -142,6 +144,20 @@ async fn remove(State(state): State<Shared>, Path(vm): Path<String>, headers: He
     timeout(LONGEST_WAIT, vanished)
         .await
         .map_err(|_| Error::deadline(format!("VM {} is still being removed", row.name)))??;
+    Ok(())
+}
+
+/// The reconcile loop leaves a VM alone whose row does not read; its user need not.
+async fn remove_damaged(state: &Shared, vm: &str) -> Result<()> {
+    let (_, damaged) = state.meta.all_vms().await?;
+    for row in damaged.into_iter().filter(|row| row.id == vm || row.name == vm) {
+        if let Ok(id) = row.id.parse() {
+            state.host.remove(id).await?;
+        }
+        tracing::warn!(id = %row.id, name = %row.name, "removed on request, with its damaged row");
+        state.meta.forget_damaged_vm(row.id).await?;
+    }
+    state.kick.notify_one();
     Ok(())
 }
 

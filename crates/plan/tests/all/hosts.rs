@@ -1,13 +1,13 @@
 //! VMs of the host: a table of cases, and that decisions converge.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use burgeon_api::{
     VmId,
     image::Boot,
     vm::{Accelerator, HostVm, Intent, Observed},
 };
-use burgeon_plan::vm::{Action, HostSeen, LOST, Start, Wanted, decide, observed, start};
+use burgeon_plan::vm::{Action, HostSeen, LOST, Others, Start, Turn, Wanted, decide, observed, start, turn};
 use proptest::prelude::*;
 
 fn id(number: u8) -> VmId {
@@ -90,18 +90,30 @@ fn each_case_has_its_action() {
     ] {
         let row = Wanted { id: id(1), intent, launched_before, ended, starts: 0 };
         let seen = HostSeen::Reachable(on_host.into_iter().map(|observed| host_vm(1, observed)).collect());
-        let actions = decide(std::slice::from_ref(&row), &BTreeSet::new(), &seen);
+        let actions = decide(std::slice::from_ref(&row), &Others::default(), &seen);
         let told: Vec<&str> = actions.iter().map(kind).collect();
         assert_eq!(told.join(" "), expected, "{row:?} {seen:?}");
         let silent = HostSeen::Unreachable { reason: "refused".into() };
-        assert_eq!(decide(&[row], &BTreeSet::new(), &silent), []);
+        assert_eq!(decide(&[row], &Others::default(), &silent), []);
     }
 }
 
 #[test]
 fn orphans_go_and_vms_being_created_stay() {
     let seen = HostSeen::Reachable(vec![host_vm(1, Observed::Running), host_vm(2, Observed::Running)]);
-    assert_eq!(decide(&[], &[id(2)].into(), &seen), [Action::RemoveOrphan { id: id(1) }]);
+    let others = Others { ids: [id(2)].into(), nameless: false };
+    assert_eq!(decide(&[], &others, &seen), [Action::RemoveOrphan { id: id(1) }]);
+    // Any of them may be the VM of a row whose id does not read.
+    assert_eq!(decide(&[], &Others { nameless: true, ..others }, &seen), []);
+}
+
+#[test]
+fn a_removal_does_not_wait_for_a_guest_that_stops() {
+    let (stop, remove) = (Action::Stop { id: id(1) }, Action::Remove { id: id(1) });
+    assert_eq!(turn(&stop, &remove), Turn::Replace);
+    assert_eq!(turn(&remove, &stop), Turn::Wait);
+    assert_eq!(turn(&remove, &remove), Turn::Wait);
+    assert_eq!(turn(&Action::Launch { id: id(1) }, &remove), Turn::Wait);
 }
 
 #[test]
@@ -145,11 +157,11 @@ fn a_stopped_vm_starts_once_for_each_time_it_was_asked() {
         (Stopped, 1, stopped.clone(), 0, None),
         (Removed, 1, stopped.clone(), 0, Some(Action::Remove { id: id(1) })),
     ] {
-        let actions = decide(&[row(intent, wanted)], &BTreeSet::new(), &on_host(observed.clone(), begun));
+        let actions = decide(&[row(intent, wanted)], &Others::default(), &on_host(observed.clone(), begun));
         assert_eq!(actions.first(), expected.as_ref(), "{intent:?} {wanted} {observed:?} {begun}");
     }
     // Its directory is gone, and its disk with it: nothing is started from a blank one.
-    let lost = decide(&[row(Running, 1)], &BTreeSet::new(), &HostSeen::Reachable(Vec::new()));
+    let lost = decide(&[row(Running, 1)], &Others::default(), &HostSeen::Reachable(Vec::new()));
     assert_eq!(lost, [Action::ReportLost { id: id(1), reason: LOST.into() }]);
 }
 
@@ -197,7 +209,7 @@ struct World {
 impl World {
     fn decide(&self) -> Vec<Action> {
         let rows: Vec<Wanted> = self.rows.values().cloned().collect();
-        decide(&rows, &BTreeSet::new(), &HostSeen::Reachable(self.host.values().cloned().collect()))
+        decide(&rows, &Others::default(), &HostSeen::Reachable(self.host.values().cloned().collect()))
     }
 
     fn act(&mut self, action: &Action) {
