@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Error, VmId,
     exec::Attach,
+    http::Setting,
     image::Image,
     profile::Profile,
     vm::{Figures, HostVm},
@@ -149,6 +150,8 @@ pub enum Reply {
         build: String,
         accelerator: crate::vm::Accelerator,
         accelerator_reason: String,
+        #[serde(default)]
+        settings: Vec<Setting>,
     },
     Done,
     Vms(Vec<HostVm>),
@@ -162,7 +165,6 @@ pub enum Reply {
     Figures(Figures),
     Log {
         text: Vec<u8>,
-        dropped_bytes: u64,
     },
     Refused(Error),
 }

@@ -106,7 +106,7 @@ impl HostClient {
 
     pub(crate) async fn log(&self, vm: VmId) -> Result<Vec<u8>> {
         match self.ask(Request::Log { vm }, QUICK).await? {
-            Reply::Log { text, .. } => Ok(text),
+            Reply::Log { text } => Ok(text),
             other => Err(unexpected(&other)),
         }
     }

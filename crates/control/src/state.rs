@@ -12,6 +12,7 @@ use std::{
 use burgeon_api::{
     Error, Result, VmId,
     host::Launch,
+    image::Boot,
     profile::Profile,
     vm::{HostVm, Intent, Observed, VmView},
 };
@@ -30,6 +31,7 @@ pub(crate) struct State {
     pub(crate) meta: Meta,
     pub(crate) host: HostClient,
     pub(crate) version: String,
+    pub(crate) settings: Vec<burgeon_api::http::Setting>,
     /// Wakes the reconcile loop.
     pub(crate) kick: Notify,
     /// What the host last said; the reconcile loop writes it.
@@ -147,6 +149,12 @@ impl State {
         }
         if row.profile.disk.is_some() && image.disk.is_none() {
             return Err(Error::invalid(format!("image {} has no disk, so the profile cannot size one", row.image)));
+        }
+        if row.profile.login.is_some() && image.boot == Boot::Agent {
+            return Err(Error::invalid(format!("image {} has an agent, and its VMs take no login", row.image))
+                .with_hint(
+                    "burgeon shell VM opens a shell; burgeon vm ssh VM logs in where the image has an SSH server",
+                ));
         }
         let row = self.meta.create_vm(row).await?;
         self.kick.notify_one();

@@ -19,7 +19,7 @@ use burgeon_qemu::{
 };
 use sha2::{Digest, Sha256};
 
-use crate::{kept::Kept, layout::Layout};
+use crate::{kept::Kept, layout::Layout, seed};
 
 /// Which disk a VM starts with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +54,7 @@ pub(crate) async fn prepare(
     if let Some(kept) = kept {
         kept.give_back(directory, launch, run_as)?;
         if launch.image.boot == Boot::Firmware {
-            write_seed(directory, launch)?;
+            seed::write(directory, launch)?;
         }
         return give_directory(directory, run_as);
     }
@@ -81,7 +81,7 @@ pub(crate) async fn prepare(
         give(&overlay, run_as, 0o600)?;
     }
     if launch.image.boot == Boot::Firmware {
-        write_seed(directory, launch)?;
+        seed::write(directory, launch)?;
     }
     give_directory(directory, run_as)
 }
@@ -166,21 +166,4 @@ fn give(path: &Path, run_as: RunAs, mode: u32) -> Result<()> {
         Ok(())
     };
     act().map_err(|error| Error::io(format!("hand over {}", path.display()), &error))
-}
-
-/// What cloud-init looks for in an image that is not ours (the NoCloud data source).
-fn write_seed(directory: &Path, launch: &Launch) -> Result<()> {
-    let seed = directory.join(file::SEED);
-    let write = || -> std::io::Result<()> {
-        fs::create_dir_all(&seed)?;
-        fs::set_permissions(&seed, fs::Permissions::from_mode(0o755))?;
-        let meta = format!("instance-id: {}\nlocal-hostname: {}\n", launch.id, launch.name);
-        let user = "#cloud-config\ngrowpart: {mode: auto}\nssh_pwauth: false\n";
-        for (name, text) in [("meta-data", meta.as_str()), ("user-data", user)] {
-            fs::write(seed.join(name), text)?;
-            fs::set_permissions(seed.join(name), fs::Permissions::from_mode(0o444))?;
-        }
-        Ok(())
-    };
-    write().map_err(|error| Error::io("write the NoCloud seed", &error))
 }

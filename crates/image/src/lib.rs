@@ -41,6 +41,7 @@ mod newc;
 mod packages;
 mod process;
 mod qcow2;
+mod room;
 mod store;
 mod tree;
 mod work;

@@ -56,6 +56,25 @@ pub fn check(head: &[u8]) -> Result<()> {
     }
 }
 
+/// What a header that [`check`] has passed tells of the disk.
+pub(crate) struct Shape {
+    /// Bytes of the disk that a guest sees.
+    pub(crate) size: u64,
+    /// Bytes of a cluster.
+    pub(crate) cluster: u64,
+}
+
+impl Shape {
+    pub(crate) fn of(head: &[u8]) -> Result<Shape> {
+        let damaged = || Error::damaged("the qcow2 file's header is malformed");
+        let bits = head.get(20..24).and_then(|bytes| bytes.try_into().ok()).map(u32::from_be_bytes);
+        let size = head.get(24..32).and_then(|bytes| bytes.try_into().ok()).map(u64::from_be_bytes);
+        // QEMU takes clusters of 512 bytes to 2 MiB.
+        let bits = bits.filter(|bits| (9..=21).contains(bits)).ok_or_else(damaged)?;
+        Ok(Shape { size: size.ok_or_else(damaged)?, cluster: 1 << bits })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -140,7 +140,7 @@ impl Meta {
                     .with_hint(format!("choose another name, or remove it: burgeon vm rm {}", row.name)));
             }
             connection
-                .prepare_cached("INSERT INTO vm VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, NULL)")
+                .prepare_cached("INSERT INTO vm VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)")
                 .and_then(|mut statement| {
                     statement.execute(params![
                         row.id.to_string(),
@@ -593,7 +593,7 @@ mod tests {
             let update = format!("UPDATE vm SET {column} = ?2 WHERE id = ?1");
             other.execute(&update, [&bad.id.to_string(), garbage]).unwrap();
             let (good, damaged) = meta.all_vms().await.unwrap();
-            assert_eq!(good, [web.clone()], "{column}");
+            assert_eq!(good, std::slice::from_ref(&web), "{column}");
             assert_eq!((damaged[0].id.as_str(), damaged[0].name.as_str()), (bad.id.to_string().as_str(), "bad"));
             let error = meta.vm("bad").await.unwrap_err();
             assert!(error.kind == ErrorKind::Damaged && error.message.contains("VM bad"), "{error}");

@@ -36,10 +36,9 @@ pub(crate) const FIRST: &str = "
     ) STRICT, WITHOUT ROWID;
 ";
 
-/// VMs that are started again; who may log in to a foreign image.
+/// VMs that are started again.
 const SECOND: &str = "
     ALTER TABLE vm ADD COLUMN starts INTEGER NOT NULL DEFAULT 0;
-    ALTER TABLE vm ADD COLUMN login TEXT;
 ";
 
 /// Brings the database to this program's version.

@@ -69,7 +69,7 @@ impl Desk {
 
     async fn serve(&mut self) {
         self.shutdown = CancellationToken::new();
-        let options = Options { data: self.data(), version: "test".into(), idle_exit: None };
+        let options = Options { data: self.data(), version: "test".into(), idle_exit: None, settings: Vec::new() };
         self.serving = Some(tokio::spawn(burgeon_control::run(options, self.shutdown.clone())));
         let socket = self.data().join("control.sock");
         let up = async {
@@ -96,7 +96,7 @@ impl Desk {
         &self,
         method: &str,
         path: &str,
-        body: serde_json::Value,
+        body: &serde_json::Value,
     ) -> impl Future<Output = Result<T>> + use<T> {
         let request = Request::builder()
             .method(method)
@@ -126,15 +126,15 @@ impl Desk {
     }
 
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
-        self.ask("GET", path, json!(null)).await
+        self.ask("GET", path, &json!(null)).await
     }
 
     pub(crate) async fn post(&self, path: &str) -> Result<VmView> {
-        self.ask("POST", path, json!({})).await
+        self.ask("POST", path, &json!({})).await
     }
 
     pub(crate) async fn delete(&self, path: &str) -> Result<()> {
-        self.ask("DELETE", path, json!(null)).await
+        self.ask("DELETE", path, &json!(null)).await
     }
 
     pub(crate) async fn create(&self, name: &str) -> VmView {
@@ -144,7 +144,7 @@ impl Desk {
             image: "tiny".into(),
             profile: Profile::named("tiny").unwrap(),
         };
-        self.ask("POST", "/v1/vms", json!(request)).await.unwrap()
+        self.ask("POST", "/v1/vms", &json!(request)).await.unwrap()
     }
 
     /// A VM that runs.

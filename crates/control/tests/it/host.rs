@@ -71,7 +71,7 @@ impl Host {
     }
 
     /// Something happened in a VM.
-    pub(crate) fn set(&self, name: &str, observed: Observed) {
+    pub(crate) fn set(&self, name: &str, observed: &Observed) {
         for vm in self.vms.lock().unwrap().values_mut().filter(|vm| vm.name == name) {
             vm.observed = observed.clone();
         }

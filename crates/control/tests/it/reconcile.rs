@@ -12,7 +12,7 @@ async fn a_slow_removal_holds_up_no_other_vm() {
     let desk = Desk::open().await;
     desk.running("slow").await;
     desk.host.hold("remove slow");
-    let removal = tokio::spawn(desk.ask::<()>("DELETE", "/v1/vms/slow", serde_json::json!(null)));
+    let removal = tokio::spawn(desk.ask::<()>("DELETE", "/v1/vms/slow", &serde_json::json!(null)));
     desk.host.was_asked("remove slow").await;
     let quick = desk.running("quick").await;
     assert_eq!(quick.observed, Observed::Running);
@@ -31,7 +31,7 @@ async fn a_removal_does_not_wait_for_a_guest_that_stops() {
     let desk = Desk::open().await;
     desk.running("stubborn").await;
     desk.host.hold("stop stubborn");
-    let stop = tokio::spawn(desk.ask::<VmView>("POST", "/v1/vms/stubborn/stop", serde_json::json!({})));
+    let stop = tokio::spawn(desk.ask::<VmView>("POST", "/v1/vms/stubborn/stop", &serde_json::json!({})));
     desk.host.was_asked("stop stubborn").await;
     desk.delete("/v1/vms/stubborn").await.unwrap();
     desk.host.release("stop stubborn");
@@ -44,7 +44,7 @@ async fn leaving_waits_for_what_the_host_was_asked() {
     let mut desk = Desk::open().await;
     desk.running("last").await;
     desk.host.hold("remove last");
-    let removal = tokio::spawn(desk.ask::<()>("DELETE", "/v1/vms/last", serde_json::json!(null)));
+    let removal = tokio::spawn(desk.ask::<()>("DELETE", "/v1/vms/last", &serde_json::json!(null)));
     desk.host.was_asked("remove last").await;
     let left = tokio::spawn(desk.leave());
     desk.host.release("remove last");
@@ -72,14 +72,14 @@ async fn a_stopped_vm_starts_when_asked_and_by_nothing_else() {
     let again: VmView = desk.get("/v1/vms/web/wait").await.unwrap();
     assert_eq!((again.id, again.observed), (first.id, Observed::Running));
     // It ends by itself, and stays so, also for the next control process.
-    desk.host.set("web", Observed::Stopped { reason: "the guest powered off".into() });
+    desk.host.set("web", &Observed::Stopped { reason: "the guest powered off".into() });
     desk.until("web", |vm| matches!(vm.observed, Observed::Stopped { .. })).await;
     desk.restart().await;
     desk.running("other").await;
     let view = desk.until("web", |vm| vm.on_host.is_some()).await;
     assert!(matches!(view.observed, Observed::Stopped { .. }), "{view:?}");
     assert_eq!(desk.host.asked.borrow().iter().filter(|request| *request == "start web").count(), 1);
-    desk.host.set("web", Observed::Failed { reason: "signal 9".into() });
+    desk.host.set("web", &Observed::Failed { reason: "signal 9".into() });
     desk.until("web", |vm| matches!(vm.observed, Observed::Failed { .. })).await;
     let refused = desk.post("/v1/vms/web/start").await.unwrap_err();
     assert!(refused.kind == ErrorKind::Conflict && refused.message.contains("VM web has failed"), "{refused}");
