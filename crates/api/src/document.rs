@@ -63,6 +63,11 @@ impl Document {
         if error.location.is_some() { error } else { error.with_location(self.location(self.offset_of(path))) }
     }
 
+    /// Whether the document itself gives this key of its top level, as against a default.
+    pub fn has(&self, key: &str) -> bool {
+        DeTable::parse(&self.text).is_ok_and(|table| table.get_ref().iter().any(|(name, _)| name.get_ref() == key))
+    }
+
     fn location(&self, offset: usize) -> Location {
         let before = self.text.get(..offset).unwrap_or(&self.text);
         let line = before.matches('\n').count() + 1;

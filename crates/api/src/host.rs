@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Error, VmId,
     exec::Attach,
+    http::Setting,
     image::Image,
     profile::Profile,
     vm::{Figures, HostVm},
@@ -91,6 +92,12 @@ pub enum Request {
     List,
     /// Returns once the launch is recorded; `Watch` tells how it goes.
     Launch(Box<Launch>),
+    /// Starts a VM that has stopped, with its disk. `starts` counts what was asked for: a number that the
+    /// host has begun already changes nothing.
+    Start {
+        vm: VmId,
+        starts: u32,
+    },
     Stop {
         vm: VmId,
         mode: StopMode,
@@ -143,6 +150,8 @@ pub enum Reply {
         build: String,
         accelerator: crate::vm::Accelerator,
         accelerator_reason: String,
+        #[serde(default)]
+        settings: Vec<Setting>,
     },
     Done,
     Vms(Vec<HostVm>),
@@ -156,7 +165,6 @@ pub enum Reply {
     Figures(Figures),
     Log {
         text: Vec<u8>,
-        dropped_bytes: u64,
     },
     Refused(Error),
 }

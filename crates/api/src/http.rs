@@ -3,7 +3,17 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, PipelineId, VmId, profile::Profile, vm::Accelerator};
+use crate::{ByteSize, Error, PipelineId, VmId, profile::Profile, vm::Accelerator};
+
+/// A setting of a process, and what set it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Setting {
+    pub name: String,
+    pub value: String,
+    /// The option or the variable that gave the value; absent: nobody did, it is the default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub set_by: Option<String>,
+}
 
 /// `GET /v1/server`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -16,6 +26,9 @@ pub struct ServerView {
     /// Why this accelerator: one plain line.
     pub accelerator_reason: String,
     pub data_directory: String,
+    /// Of the control process, then of the host process where it can be reached.
+    #[serde(default)]
+    pub settings: Vec<Setting>,
 }
 
 /// `POST /v1/vms`
@@ -69,6 +82,13 @@ pub struct ImportImage {
     /// An absolute path on the server's machine.
     pub file: String,
     pub name: String,
+    /// The largest disk that may come of it.
+    #[serde(default = "default_max_size")]
+    pub max_size: ByteSize,
+}
+
+fn default_max_size() -> ByteSize {
+    ByteSize::gib(256)
 }
 
 /// `POST /v1/pipelines`

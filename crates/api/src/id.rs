@@ -16,6 +16,9 @@ macro_rules! typed_id {
         pub struct $name(Uuid);
 
         impl $name {
+            /// No id at all: where one must be told and there is none.
+            pub const NONE: $name = $name(Uuid::nil());
+
             /// A new id, ordered by time of creation. Called at the edge that first wants the thing,
             /// so that a retry carries the same id.
             pub fn generate() -> Self {

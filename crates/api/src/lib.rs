@@ -11,6 +11,7 @@ pub mod host;
 pub mod http;
 pub mod id;
 pub mod image;
+pub mod login;
 pub mod name;
 pub mod path_text;
 pub mod pipeline;

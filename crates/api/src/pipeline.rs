@@ -45,6 +45,10 @@ pub struct PipelineSpec {
     /// The image of steps that name none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
+    /// Bytes of files and payloads that a run keeps in memory at a time. While it holds more, no further
+    /// file is read. A larger file goes through alone.
+    #[serde(default = "default_payload_budget")]
+    pub payload_budget: ByteSize,
     #[serde(rename = "step")]
     pub steps: Vec<StepSpec>,
     #[serde(default)]
@@ -133,6 +137,9 @@ fn default_attempts() -> u32 {
 }
 fn default_time_limit() -> TimeSpan {
     TimeSpan(std::time::Duration::from_secs(60))
+}
+fn default_payload_budget() -> ByteSize {
+    ByteSize::mib(256)
 }
 fn default_payload_limit() -> ByteSize {
     ByteSize::mib(64)

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, Error, Result};
+use crate::{ByteSize, Error, Result, login::Login};
 
 /// What a VM's own init does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -45,6 +45,9 @@ pub struct Profile {
     /// Upper limit of host CPU time, in percent of one CPU. Absent: as many as the VM has CPUs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_percent: Option<u32>,
+    /// Who may log in to a VM of a foreign image. Absent: what the image itself allows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub login: Option<Login>,
 }
 
 impl Default for Profile {
@@ -57,6 +60,7 @@ impl Default for Profile {
             display: false,
             init: Init::Image,
             cpu_percent: None,
+            login: None,
         }
     }
 }
@@ -139,6 +143,9 @@ impl Profile {
         if self.cpu_percent.is_some_and(|percent| percent == 0 || percent > 100 * MOST_CPUS) {
             return Err(("cpu_percent", Error::invalid("cpu_percent is not between 1 and 25500")));
         }
+        if let Some(login) = &self.login {
+            login.check().map_err(|error| ("login", error))?;
+        }
         Ok(())
     }
 
@@ -185,6 +192,8 @@ mod tests {
         assert_eq!(bad(Profile { memory: ByteSize(ByteSize::gib(1).0 + 1), ..Profile::default() }), "memory");
         assert_eq!(bad(Profile { cpus: 0, ..Profile::default() }), "cpus");
         assert_eq!(bad(Profile { disk: Some(ByteSize(100)), ..Profile::default() }), "disk");
+        let nobody = Login { user: None, keys: Vec::new() };
+        assert_eq!(bad(Profile { login: Some(nobody), ..Profile::default() }), "login");
         let capacity = Capacity { memory: ByteSize::gib(1), cpus: 2 };
         let large = Profile { memory: ByteSize::gib(2), ..Profile::default() };
         assert_eq!(large.check_against(capacity).unwrap_err().0, "memory");

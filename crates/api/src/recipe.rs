@@ -47,7 +47,7 @@ pub struct Recipe {
     /// Size of the disk; kind `disk` only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size: Option<ByteSize>,
-    /// The program that becomes process 1.
+    /// The program that becomes process 1; kind `disk` only.
     #[serde(default = "default_init")]
     pub init: String,
     /// Files and directories added after the packages.
@@ -163,6 +163,9 @@ impl Recipe {
         if self.kind == Kind::Initramfs && !self.commands.is_empty() {
             return Err(at("run", "commands run only in recipes of kind \"disk\"".into()));
         }
+        if self.kind == Kind::Initramfs && document.has("init") {
+            return Err(at("init", "in an initramfs the agent stays process 1; leave the key out".into()));
+        }
         if !self.init.starts_with('/') {
             return Err(at("init", format!("init \"{}\" is no absolute path", path_text::printable(&self.init))));
         }
@@ -239,6 +242,11 @@ mod tests {
             (format!("{GOOD}[[file]]\nto = \"/a/../b\"\ncontent = \"\"\n"), 8, ".."),
             (format!("{GOOD}[[file]]\nto = \"/a\"\n"), 8, "exactly one"),
             (format!("{GOOD}[[file]]\nto = \"/a\"\ncontent = \"\"\nmode = \"9\"\n"), 10, "octal"),
+            (
+                GOOD.replace("size = \"2G\"", "init = \"/sbin/init\"").replace("\"disk\"", "\"initramfs\""),
+                6,
+                "agent stays process 1",
+            ),
             (format!("{GOOD}packages = [\"ok\", \"x; rm -rf\"]\n"), 7, "Debian name"),
         ] {
             let error = read(&text).unwrap_err();

@@ -47,6 +47,8 @@ pub enum Observed {
     Failed { reason: String },
     /// The host process cannot be asked, or cannot reach the VM; it may well be running.
     Unknown { reason: String },
+    /// What is kept of it does not read, so nothing is done about it; it may well be running.
+    Damaged { reason: String },
 }
 
 impl Observed {
@@ -58,6 +60,7 @@ impl Observed {
             Observed::Stopped { .. } => "stopped",
             Observed::Failed { .. } => "failed",
             Observed::Unknown { .. } => "unknown",
+            Observed::Damaged { .. } => "damaged",
         }
     }
 
@@ -66,7 +69,10 @@ impl Observed {
         match self {
             Observed::Pending | Observed::Running => "",
             Observed::Starting { phase } => phase,
-            Observed::Stopped { reason } | Observed::Failed { reason } | Observed::Unknown { reason } => reason,
+            Observed::Stopped { reason }
+            | Observed::Failed { reason }
+            | Observed::Unknown { reason }
+            | Observed::Damaged { reason } => reason,
         }
     }
 }
@@ -116,6 +122,9 @@ pub struct HostVm {
     pub cpu_milliseconds: Option<u64>,
     /// How often the host process found this VM running after its own restart.
     pub adoptions: u32,
+    /// Which of the starts that were asked for after the first the host has begun; see [`VmView::starts`].
+    #[serde(default)]
+    pub starts: u32,
 }
 
 /// A VM: what is wanted and what is known.
@@ -133,6 +142,9 @@ pub struct VmView {
     pub pipeline: Option<String>,
     /// The row's version; give it back as If-Match.
     pub version: u64,
+    /// How often its user has asked to start it again after it had stopped.
+    #[serde(default)]
+    pub starts: u32,
     /// Seconds since 1970.
     pub created_s: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]

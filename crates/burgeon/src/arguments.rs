@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use burgeon_api::TimeSpan;
+use burgeon_api::{ByteSize, TimeSpan};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// A private cloud of forkable virtual machines on Linux machines that you own.
@@ -20,6 +20,8 @@ pub struct Global {
     /// Where everything is kept; $XDG_DATA_HOME/burgeon when absent
     #[arg(long, global = true, env = "BURGEON_DATA", value_name = "DIR")]
     pub data: Option<PathBuf>,
+    #[arg(skip)]
+    pub data_set_by: Option<&'static str>,
     /// How results are shown
     #[arg(long, short = 'o', global = true, value_enum, default_value_t = Format::Table)]
     pub output: Format,
@@ -154,6 +156,12 @@ pub enum VmCommand {
         /// A built-in profile (default, tiny, worker, desktop) or a TOML file
         #[arg(long, short, default_value = "default")]
         profile: String,
+        /// A public SSH key that may log in; for foreign images that run cloud-init. May be repeated
+        #[arg(long, value_name = "FILE")]
+        ssh_key: Vec<PathBuf>,
+        /// The user who may log in with the keys; the image's own without it
+        #[arg(long, value_name = "NAME", requires = "ssh_key")]
+        user: Option<String>,
         /// Do not wait until it runs
         #[arg(long)]
         no_wait: bool,
@@ -195,6 +203,14 @@ pub enum VmCommand {
         #[arg(long, short)]
         recursive: bool,
     },
+    /// Start VMs that have stopped again, with their disks
+    Start {
+        #[arg(required = true)]
+        vms: Vec<String>,
+        /// Do not wait until they run
+        #[arg(long)]
+        no_wait: bool,
+    },
     /// Ask a VM to power off
     Stop {
         #[arg(required = true)]
@@ -233,7 +249,13 @@ pub enum ImageCommand {
         force: bool,
     },
     /// Make an image of a raw, qcow2 or tar file
-    Import { file: PathBuf, name: String },
+    Import {
+        file: PathBuf,
+        name: String,
+        /// The largest disk that may come of it
+        #[arg(long, value_name = "SIZE", default_value = "256G")]
+        max_size: ByteSize,
+    },
     /// List images
     Ls(ListArguments),
     /// Show everything about an image

@@ -9,7 +9,7 @@ use std::{
 };
 
 use burgeon_api::{Error, Result, path_text};
-use burgeon_host::layout::Layout;
+use burgeon_host::layout::{Layout, Lock};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, combinators::BoxBody};
 use hyper::{Method, Request, Response, StatusCode, body::Incoming, client::conn::http1, header};
@@ -21,10 +21,14 @@ use tokio::{net::UnixStream, time::Instant};
 const START_DEADLINE: Duration = Duration::from_secs(20);
 /// How long a server that breaks off before it answers is asked again.
 const REPEAT: Duration = Duration::from_secs(10);
+/// A server that is only asked about itself answers within this.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(15);
 const BROKE_OFF: &str = "the server broke off";
 /// A server that was started for a command leaves after this time without use.
-const IDLE_EXIT: &str = "60s";
+pub(crate) const IDLE_EXIT: &str = "60s";
 const SERVER_LOG: &str = "serve.log";
+/// A log longer than this becomes `serve.log.1` when the next server starts.
+const MOST_LOG: u64 = 1 << 20;
 
 pub(crate) type Body = BoxBody<Bytes, std::io::Error>;
 pub(crate) type Upgraded = TokioIo<hyper::upgrade::Upgraded>;
@@ -39,12 +43,35 @@ impl Client {
         Ok(Client { layout: Layout::create(data)? })
     }
 
+    /// For asking a server that may not be there: makes nothing.
+    pub(crate) fn at(data: &Path) -> Result<Client> {
+        let data = std::path::absolute(data).map_err(|error| Error::io("resolve the data directory", &error))?;
+        Ok(Client { layout: Layout { data } })
+    }
+
+    /// The answer of a server that runs; none is started.
+    pub(crate) async fn get_if_served<T: DeserializeOwned>(&self, path: &str) -> Result<Option<T>> {
+        let Ok(stream) = UnixStream::connect(self.layout.control_socket()).await else { return Ok(None) };
+        let asking = async {
+            let response = Self::exchange(stream, Self::request(Method::GET, path, empty())?).await?;
+            Self::answer(response).await
+        };
+        tokio::time::timeout(ANSWER_DEADLINE, asking)
+            .await
+            .map_err(|_| {
+                Error::deadline(format!("the server did not answer within {} s", ANSWER_DEADLINE.as_secs()))
+                    .with_hint("its log tells more: serve.log in the data directory")
+            })?
+            .map(Some)
+    }
+
     /// Connects, and starts a server where none listens.
     async fn connect(&self) -> Result<UnixStream> {
         let socket = self.layout.control_socket();
         if let Ok(stream) = UnixStream::connect(&socket).await {
             return Ok(stream);
         }
+        let said_before = fs::metadata(self.layout.data.join(SERVER_LOG)).map_or(0, |about| about.len());
         let mut server = self.start_server()?;
         let deadline = Instant::now() + START_DEADLINE;
         let mut ended = None;
@@ -61,7 +88,10 @@ impl Client {
             let given_up = ended.is_some_and(|(at, _)| at.elapsed() > Duration::from_secs(2));
             if given_up || Instant::now() > deadline {
                 let log = self.layout.data.join(SERVER_LOG);
-                let said = burgeon_qemu::process::log_tail(&log, 1500);
+                // What earlier servers said stays in the log, and is none of this one's words.
+                let length = fs::metadata(&log).map_or(0, |about| about.len());
+                let new = length.checked_sub(said_before).unwrap_or(length);
+                let said = burgeon_qemu::process::log_tail(&log, new.min(1500));
                 return Err(Error::unavailable(format!("the server did not start: {said}"))
                     .with_hint("burgeon doctor checks what it may lack"));
             }
@@ -71,8 +101,7 @@ impl Client {
 
     fn start_server(&self) -> Result<std::process::Child> {
         let program = std::env::current_exe().map_err(|error| Error::io("find this program", &error))?;
-        let log = self.layout.data.join(SERVER_LOG);
-        let log = fs::File::create(&log).map_err(|error| Error::io(format!("create {}", log.display()), &error))?;
+        let log = open_log(&self.layout)?;
         let errors = log.try_clone().map_err(|error| Error::io("share the server's log", &error))?;
         std::process::Command::new(program)
             .arg("--data")
@@ -88,7 +117,10 @@ impl Client {
 
     /// Sends a request and returns the answer's head; a refusal is an error.
     pub(crate) async fn send(&self, request: Request<Body>) -> Result<Response<Incoming>> {
-        let stream = self.connect().await?;
+        Self::exchange(self.connect().await?, request).await
+    }
+
+    async fn exchange(stream: UnixStream, request: Request<Body>) -> Result<Response<Incoming>> {
         let broke = |error: hyper::Error| Error::unavailable(format!("{BROKE_OFF}: {error}"));
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(broke)?;
         tokio::spawn(connection.with_upgrades());
@@ -194,6 +226,22 @@ impl Client {
     }
 }
 
+/// The log of servers that commands start. It is only added to: another server may be writing it at this
+/// moment. A long one makes room once nobody has it.
+fn open_log(layout: &Layout) -> Result<fs::File> {
+    let path = layout.data.join(SERVER_LOG);
+    let long = fs::metadata(&path).is_ok_and(|about| about.len() > MOST_LOG);
+    let served = ["serve", "host", "control"].iter().any(|kind| Lock::is_taken(layout, kind));
+    if long
+        && !served
+        && let Err(error) = fs::rename(&path, layout.data.join(format!("{SERVER_LOG}.1")))
+    {
+        tracing::debug!(%error, "the long log stays");
+    }
+    let opened = fs::File::options().append(true).create(true).open(&path);
+    opened.map_err(|error| Error::io(format!("open {}", path.display()), &error))
+}
+
 pub(crate) fn empty() -> Body {
     full(Bytes::new())
 }
@@ -257,4 +305,29 @@ pub(crate) fn default_data() -> Result<PathBuf> {
         .ok_or_else(|| {
             Error::invalid("neither BURGEON_DATA nor XDG_DATA_HOME nor HOME is set").with_hint("give --data DIR")
         })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn the_log_of_a_live_server_is_added_to_and_a_long_one_is_put_aside_when_nobody_writes_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let layout = Layout::create(directory.path()).unwrap();
+        let (log, aside) = (layout.data.join(SERVER_LOG), layout.data.join("serve.log.1"));
+        open_log(&layout).unwrap().write_all(b"first\n").unwrap();
+        open_log(&layout).unwrap().write_all(b"second\n").unwrap();
+        assert_eq!(fs::read_to_string(&log).unwrap(), "first\nsecond\n");
+        fs::write(&log, vec![b'x'; 2 << 20]).unwrap();
+        let live = Lock::take(&layout, "control").unwrap();
+        open_log(&layout).unwrap().write_all(b"third\n").unwrap();
+        assert!(fs::read(&log).unwrap().ends_with(b"third\n") && !aside.exists());
+        drop(live);
+        drop(open_log(&layout).unwrap());
+        assert_eq!(fs::metadata(&log).unwrap().len(), 0);
+        assert!(fs::read(&aside).unwrap().ends_with(b"third\n"));
+    }
 }

@@ -10,14 +10,20 @@ mod terminal;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches, parser::ValueSource};
 
 pub use arguments::Arguments;
 
 /// Runs the command line to its exit code: 0 done, 1 failed or refused, 2 wrong use; commands that run
 /// something in a guest pass on its code.
 pub fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let matches = Arguments::command().get_matches();
+    let mut arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    arguments.global.data_set_by = match matches.value_source("data") {
+        Some(ValueSource::CommandLine) => Some("--data"),
+        Some(ValueSource::EnvVariable) => Some("BURGEON_DATA"),
+        _ => None,
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return output::fail(&burgeon_api::Error::io("start", &error)),

@@ -76,6 +76,10 @@ impl HostClient {
         self.done(Request::Launch(Box::new(launch)), QUICK).await
     }
 
+    pub(crate) async fn start(&self, vm: VmId, starts: u32) -> Result<()> {
+        self.done(Request::Start { vm, starts }, QUICK).await
+    }
+
     pub(crate) async fn stop(&self, vm: VmId, mode: StopMode) -> Result<()> {
         self.done(Request::Stop { vm, mode }, SLOW).await
     }
@@ -102,7 +106,7 @@ impl HostClient {
 
     pub(crate) async fn log(&self, vm: VmId) -> Result<Vec<u8>> {
         match self.ask(Request::Log { vm }, QUICK).await? {
-            Reply::Log { text, .. } => Ok(text),
+            Reply::Log { text } => Ok(text),
             other => Err(unexpected(&other)),
         }
     }

@@ -58,6 +58,7 @@ pub(crate) fn import(state: &Shared, request: ImportImage) -> mpsc::Receiver<Pro
             description: String::new(),
             kernel_of: None,
             size: None,
+            max_size: request.max_size,
             data: state.data_paths(),
             now_s: now_s(),
         };

@@ -45,6 +45,8 @@ pub struct Options {
     pub version: String,
     /// Leave, and tell the host process to, after this time without any use.
     pub idle_exit: Option<Duration>,
+    /// Told to who asks; what they say has been done.
+    pub settings: Vec<burgeon_api::http::Setting>,
 }
 
 /// Runs the control process until it is idle or `shutdown` is cancelled.
@@ -65,6 +67,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
         host: HostClient::new(layout.host_socket()),
         meta,
         version: options.version,
+        settings: options.settings,
         kick: Notify::new(),
         seen: watch::Sender::new(Seen::default()),
         pipelines: pipelines::Pipelines::default(),

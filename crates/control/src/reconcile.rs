@@ -1,16 +1,23 @@
 //! The loop that makes the host's VMs those that meta wants. It takes no arguments, does the same
 //! thing however often it runs, and may be killed anywhere: meta is the truth.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use burgeon_api::{
     Error, ErrorKind, Result, VmId,
     host::{Request, StopMode},
-    vm::{Intent, Observed},
+    vm::{Intent, Observed, VmView},
 };
-use burgeon_plan::vm::{Action, HostSeen, Wanted, decide, is_over};
-use burgeon_store::meta::VmRow;
-use tokio::time::{Instant, sleep, timeout};
+use burgeon_plan::vm::{Action, HostSeen, Others, Turn, Wanted, decide, is_over, is_start_awaited, turn};
+use burgeon_store::meta::{Damaged, VmRow};
+use tokio::{
+    task::{AbortHandle, JoinSet},
+    time::{Instant, sleep, timeout},
+};
 
 use crate::{
     host_client::receive_message,
@@ -23,14 +30,17 @@ const PERIOD: Duration = Duration::from_secs(5);
 const GRACE: Duration = Duration::from_secs(90);
 
 pub(crate) async fn run(state: Shared) {
+    let mut looker = Looker { state: state.clone(), tasks: Tasks::default(), told: BTreeSet::new() };
     while !state.shutdown.is_cancelled() {
-        look_and_act(&state).await;
+        looker.look_and_act().await;
         tokio::select! {
             () = state.kick.notified() => {}
             () = sleep(PERIOD) => {}
-            () = state.shutdown.cancelled() => return,
+            () = looker.tasks.room() => {}
+            () = state.shutdown.cancelled() => {}
         }
     }
+    looker.tasks.finish().await;
 }
 
 /// Wakes the loop whenever the host reports a change.
@@ -56,42 +66,116 @@ pub(crate) async fn watch_host(state: Shared) {
     }
 }
 
-async fn look_and_act(state: &Shared) {
-    // The host before meta (and before the ids of image builds): they are known before their launch is
-    // sent, so what the host has and nobody knows is an orphan.
-    let host = state.host.list().await;
-    let rows = match state.meta.vms().await {
-        Ok(rows) => rows,
-        Err(error) => {
-            tracing::error!(%error, "the reconcile loop cannot read meta");
-            return;
+struct Looker {
+    state: Shared,
+    tasks: Tasks,
+    /// Damaged rows that the log has told of.
+    told: BTreeSet<String>,
+}
+
+impl Looker {
+    async fn look_and_act(&mut self) {
+        let state = &self.state;
+        // The host before meta (and before the ids of image builds): they are known before their launch is
+        // sent, so what the host has and nobody knows is an orphan.
+        let host = state.host.list().await;
+        let (rows, damaged) = match state.meta.all_vms().await {
+            Ok(rows) => rows,
+            Err(error) => {
+                tracing::error!(%error, "the reconcile loop cannot read meta");
+                return;
+            }
+        };
+        let seen = match &host {
+            Ok(vms) => HostSeen::Reachable(vms.clone()),
+            Err(error) => HostSeen::Unreachable { reason: error.to_string() },
+        };
+        keep_observed(state, &rows, &seen).await;
+        publish(state, host);
+        let wanted: Vec<Wanted> = rows
+            .iter()
+            .map(|row| Wanted {
+                id: row.id,
+                intent: row.intent,
+                launched_before: row.launched,
+                ended: is_over(&row.observed),
+                starts: row.starts,
+            })
+            .collect();
+        let mut others = Others { ids: state.temporary.borrow().clone(), nameless: false };
+        for row in damaged {
+            if let Ok(id) = row.id.parse() {
+                others.ids.insert(id);
+            } else {
+                others.nameless = true;
+            }
+            let Damaged { id, name, reason } = row;
+            if self.told.insert(id.clone()) {
+                tracing::error!(vm = %name, %id, %reason, "a VM's row does not read; nothing is done about it until burgeon vm rm removes it");
+            }
         }
-    };
-    let seen = match &host {
-        Ok(vms) => HostSeen::Reachable(vms.clone()),
-        Err(error) => HostSeen::Unreachable { reason: error.to_string() },
-    };
-    keep_observed(state, &rows, &seen).await;
-    publish(state, host);
-    let wanted: Vec<Wanted> = rows
-        .iter()
-        .map(|row| Wanted {
-            id: row.id,
-            intent: row.intent,
-            launched_before: row.launched,
-            ended: is_over(&row.observed),
-        })
-        .collect();
-    let temporary = state.temporary.borrow().clone();
-    for action in decide(&wanted, &temporary, &seen) {
-        let row = rows.iter().find(|row| row.id == action.id()).cloned();
-        // Stopping may take a guest's whole grace; nothing else waits for it.
-        if matches!(action, Action::Stop { .. }) {
-            let state = Arc::clone(state);
-            state.tasks.clone().spawn(async move { act(&state, action, row).await });
-        } else {
-            act(state, action, row).await;
+        for action in decide(&wanted, &others, &seen) {
+            let row = rows.iter().find(|row| row.id == action.id()).cloned();
+            self.tasks.begin(&self.state, action, row);
         }
+    }
+}
+
+/// What the host is being asked to do, one action for each VM: a slow one holds up no other VM.
+#[derive(Default)]
+struct Tasks {
+    running: JoinSet<()>,
+    doing: BTreeMap<VmId, Doing>,
+}
+
+struct Doing {
+    action: Action,
+    task: AbortHandle,
+    /// Another action waits for its end.
+    awaited: bool,
+}
+
+impl Tasks {
+    fn begin(&mut self, state: &Shared, action: Action, row: Option<VmRow>) {
+        let id = action.id();
+        if let Some(doing) = self.doing.get_mut(&id) {
+            match turn(&doing.action, &action) {
+                Turn::Wait => {
+                    doing.awaited |= doing.action != action;
+                    return;
+                }
+                // The host goes on with it by itself.
+                Turn::Replace => doing.task.abort(),
+            }
+        }
+        let state = Arc::clone(state);
+        let told = action.clone();
+        let task = self.running.spawn(async move { act(&state, told, row).await });
+        self.doing.insert(id, Doing { action, task, awaited: false });
+    }
+
+    /// Waits until a VM is free for an action that waits. Safe to cancel.
+    ///
+    /// What has ended stays in the table until here, between two looks: what a look saw of such a VM may be
+    /// older than what was done.
+    async fn room(&mut self) {
+        loop {
+            let ended = match self.running.join_next_with_id().await {
+                Some(Ok((task, ()))) => task,
+                Some(Err(error)) => error.id(),
+                None => std::future::pending().await,
+            };
+            let vm = self.doing.iter().find(|(_, doing)| doing.task.id() == ended).map(|(vm, _)| *vm);
+            if let Some(doing) = vm.and_then(|vm| self.doing.remove(&vm))
+                && doing.awaited
+            {
+                return;
+            }
+        }
+    }
+
+    async fn finish(mut self) {
+        while self.running.join_next().await.is_some() {}
     }
 }
 
@@ -101,6 +185,7 @@ async fn keep_observed(state: &State, rows: &[VmRow], seen: &HostSeen) {
     for row in rows {
         if let Some(vm) = vms.iter().find(|vm| vm.id == row.id)
             && (vm.observed != row.observed || !row.launched)
+            && !is_start_awaited(row.starts, vm)
             && let Err(error) = state.meta.set_observed(row.id, vm.observed.clone(), true).await
         {
             tracing::error!(vm = %row.name, %error, "its state could not be kept");
@@ -135,6 +220,11 @@ async fn act(state: &State, action: Action, row: Option<VmRow>) {
             // Without its image it can never start.
             Err(error) => give_up(state, *id, &error).await,
         },
+        (Action::Start { id, starts }, _) => {
+            let outcome = state.host.start(*id, *starts).await;
+            state.kick.notify_one();
+            outcome
+        }
         (Action::Stop { id }, _) => {
             let grace = u64::try_from(GRACE.as_millis()).unwrap_or(u64::MAX);
             let outcome = state.host.stop(*id, StopMode::Graceful { deadline_ms: grace }).await;
@@ -178,17 +268,21 @@ async fn give_up(state: &State, id: VmId, error: &Error) -> Result<()> {
     Ok(())
 }
 
+/// Whether a VM needs the server: it has not ended, or is to be removed. A damaged row alone does not.
+fn keeps_server(vm: &VmView) -> bool {
+    match (&vm.observed, &vm.on_host) {
+        (Observed::Damaged { .. }, on_host) => on_host.as_ref().is_some_and(|vm| !is_over(&vm.observed)),
+        (observed, _) => !is_over(observed) || vm.intent == Intent::Removed,
+    }
+}
+
 /// Whether anything keeps an on-demand server from leaving.
 pub(crate) async fn idle_exit(state: Shared, limit: Option<Duration>) {
     let begun = Instant::now();
     let mut idle = burgeon_plan::idle::Idle::default();
     loop {
-        let vms = match state.meta.vms().await {
-            Ok(rows) => rows
-                .into_iter()
-                .map(|row| state.view(row))
-                .filter(|vm| !is_over(&vm.observed) || vm.intent == Intent::Removed)
-                .count(),
+        let vms = match state.views().await {
+            Ok(views) => views.into_iter().filter(keeps_server).count(),
             Err(_) => 1,
         };
         let activity = burgeon_plan::idle::Activity {

@@ -12,11 +12,13 @@ use std::{
 use burgeon_api::{
     Error, Result, VmId,
     host::Launch,
+    image::Boot,
     profile::Profile,
     vm::{HostVm, Intent, Observed, VmView},
 };
 use burgeon_host::layout::Layout;
-use burgeon_store::meta::{Meta, VmRow};
+use burgeon_plan::vm::is_start_awaited;
+use burgeon_store::meta::{Damaged, Meta, VmRow};
 use tokio::sync::{Notify, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -29,6 +31,7 @@ pub(crate) struct State {
     pub(crate) meta: Meta,
     pub(crate) host: HostClient,
     pub(crate) version: String,
+    pub(crate) settings: Vec<burgeon_api::http::Setting>,
     /// Wakes the reconcile loop.
     pub(crate) kick: Notify,
     /// What the host last said; the reconcile loop writes it.
@@ -78,7 +81,7 @@ impl State {
         let seen = self.seen.borrow();
         let on_host = seen.vms.iter().find(|vm| vm.id == row.id).cloned();
         let observed = match (&on_host, &seen.unreachable) {
-            (Some(vm), None) => vm.observed.clone(),
+            (Some(vm), None) if !is_start_awaited(row.starts, vm) => vm.observed.clone(),
             (_, Some(reason)) if row.launched && !burgeon_plan::vm::is_over(&row.observed) => {
                 Observed::Unknown { reason: reason.clone() }
             }
@@ -93,9 +96,42 @@ impl State {
             observed,
             pipeline: row.pipeline.map(|id| id.to_string()),
             version: row.version,
+            starts: row.starts,
             created_s: row.created_s,
             on_host,
         }
+    }
+
+    /// A VM whose row does not read: what can be told of it all the same.
+    pub(crate) fn damaged_view(&self, row: Damaged) -> VmView {
+        let Damaged { id, name, reason } = row;
+        let known: Option<VmId> = id.parse().ok();
+        let on_host = known.and_then(|id| self.seen.borrow().vms.iter().find(|vm| vm.id == id).cloned());
+        VmView {
+            id: known.unwrap_or(VmId::NONE),
+            image: String::new(),
+            profile: Profile::default(),
+            intent: Intent::Running,
+            observed: Observed::Damaged {
+                reason: format!("its row, id {id}, does not read: {reason}; burgeon vm rm {id} removes it"),
+            },
+            name: if name.is_empty() { id } else { name },
+            pipeline: None,
+            version: 0,
+            starts: 0,
+            created_s: 0,
+            on_host,
+        }
+    }
+
+    /// All VMs as clients see them, those whose rows do not read at the end.
+    ///
+    /// # Errors
+    /// Meta's.
+    pub(crate) async fn views(&self) -> Result<Vec<VmView>> {
+        let (rows, damaged) = self.meta.all_vms().await?;
+        let good = rows.into_iter().map(|row| self.view(row));
+        Ok(good.chain(damaged.into_iter().map(|row| self.damaged_view(row))).collect())
     }
 
     /// Checks and records a new VM; the reconcile loop starts it.
@@ -113,6 +149,12 @@ impl State {
         }
         if row.profile.disk.is_some() && image.disk.is_none() {
             return Err(Error::invalid(format!("image {} has no disk, so the profile cannot size one", row.image)));
+        }
+        if row.profile.login.is_some() && image.boot == Boot::Agent {
+            return Err(Error::invalid(format!("image {} has an agent, and its VMs take no login", row.image))
+                .with_hint(
+                    "burgeon shell VM opens a shell; burgeon vm ssh VM logs in where the image has an SSH server",
+                ));
         }
         let row = self.meta.create_vm(row).await?;
         self.kick.notify_one();

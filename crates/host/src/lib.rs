@@ -8,10 +8,12 @@
 mod cgroup;
 mod console;
 mod display;
+mod kept;
 pub mod layout;
 mod prepare;
 mod record;
 mod registry;
+mod seed;
 mod server;
 mod session;
 mod start;
@@ -32,6 +34,7 @@ use tokio::{
 use crate::{
     layout::{Layout, Lock},
     registry::Registry,
+    server::About,
     start::Context,
 };
 
@@ -44,6 +47,8 @@ pub struct Options {
     pub agent: &'static [u8],
     /// The version told to the control process.
     pub build: String,
+    /// Told to who asks; what they say has been done.
+    pub settings: Vec<burgeon_api::http::Setting>,
 }
 
 /// Memory and CPUs of this machine.
@@ -98,5 +103,5 @@ pub async fn run(options: Options) -> Result<()> {
     std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))
         .map_err(|error| Error::io("protect the host's socket", &error))?;
     tracing::info!(data = %layout.data.display(), "the host process serves");
-    server::serve(listener, context, registry, options.build).await
+    server::serve(listener, context, registry, About { build: options.build, settings: options.settings }).await
 }

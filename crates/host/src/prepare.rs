@@ -19,7 +19,16 @@ use burgeon_qemu::{
 };
 use sha2::{Digest, Sha256};
 
-use crate::layout::Layout;
+use crate::{kept::Kept, layout::Layout, seed};
+
+/// Which disk a VM starts with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Disk {
+    /// An empty overlay above the image's.
+    New,
+    /// The one that it had when it stopped.
+    Kept,
+}
 
 /// Makes everything that QEMU will open, in a new directory `q` below `directory`: what an earlier try
 /// has left there is not to be trusted. Nothing else (but the initramfs cache) changes.
@@ -27,15 +36,27 @@ pub(crate) async fn prepare(
     layout: &Layout,
     directory: &Path,
     launch: &Launch,
+    disk: Disk,
     agent: &[u8],
     run_as: RunAs,
 ) -> Result<()> {
+    let kept = match disk {
+        Disk::New => None,
+        Disk::Kept => Some(Kept::take(directory)?),
+    };
     let directory = &directory.join(file::QEMU_DIRECTORY);
     match fs::remove_dir_all(directory) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             return Err(Error::io("clear the VM's directory", &error));
         }
         _ => fs::create_dir(directory).map_err(|error| Error::io("create the VM's directory", &error))?,
+    }
+    if let Some(kept) = kept {
+        kept.give_back(directory, launch, run_as)?;
+        if launch.image.boot == Boot::Firmware {
+            seed::write(directory, launch)?;
+        }
+        return give_directory(directory, run_as);
     }
     let image = PathBuf::from(&launch.image_directory);
     if launch.image.boot == Boot::Agent {
@@ -60,7 +81,7 @@ pub(crate) async fn prepare(
         give(&overlay, run_as, 0o600)?;
     }
     if launch.image.boot == Boot::Firmware {
-        write_seed(directory, launch)?;
+        seed::write(directory, launch)?;
     }
     give_directory(directory, run_as)
 }
@@ -145,21 +166,4 @@ fn give(path: &Path, run_as: RunAs, mode: u32) -> Result<()> {
         Ok(())
     };
     act().map_err(|error| Error::io(format!("hand over {}", path.display()), &error))
-}
-
-/// What cloud-init looks for in an image that is not ours (the NoCloud data source).
-fn write_seed(directory: &Path, launch: &Launch) -> Result<()> {
-    let seed = directory.join(file::SEED);
-    let write = || -> std::io::Result<()> {
-        fs::create_dir_all(&seed)?;
-        fs::set_permissions(&seed, fs::Permissions::from_mode(0o755))?;
-        let meta = format!("instance-id: {}\nlocal-hostname: {}\n", launch.id, launch.name);
-        let user = "#cloud-config\ngrowpart: {mode: auto}\nssh_pwauth: false\n";
-        for (name, text) in [("meta-data", meta.as_str()), ("user-data", user)] {
-            fs::write(seed.join(name), text)?;
-            fs::set_permissions(seed.join(name), fs::Permissions::from_mode(0o444))?;
-        }
-        Ok(())
-    };
-    write().map_err(|error| Error::io("write the NoCloud seed", &error))
 }

@@ -29,6 +29,9 @@ pub(crate) struct Record {
     pub process: Option<Identity>,
     pub limits: Vec<Limit>,
     pub adoptions: u32,
+    /// The number of the last start after the first; 0: it was started once.
+    #[serde(default)]
+    pub starts: u32,
     /// How it ended, once it has.
     pub ended: Option<Observed>,
 }

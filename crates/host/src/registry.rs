@@ -133,6 +133,10 @@ fn look_for(directory: &Path, mut record: Record) -> (Record, Result<Arc<Process
     let lost = |reason: String| Observed::Failed { reason };
     let Some(identity) = record.process.clone() else {
         let reason = "the host process was gone before QEMU had been started";
+        if record.starts > 0 {
+            // Its disk is as it was: it may be asked to start once more.
+            return (record, Err(Observed::Stopped { reason: reason.into() }));
+        }
         return (record, Err(lost(reason.into())));
     };
     let recorded = Recorded {

@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use burgeon_api::{
     Error, Result, VmId,
     host::{Envelope, FileEntry, FileKind, FileRequest, Reply, Request, VERSION},
+    http::Setting,
     vm::{HostVm, Observed},
 };
 use burgeon_guest::protocol::FileKind as GuestFileKind;
@@ -26,20 +27,26 @@ const MOST_REQUEST: u32 = 4 << 20;
 /// A request's first line must come within this.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 
+/// What this process says of itself.
+pub(crate) struct About {
+    pub(crate) build: String,
+    pub(crate) settings: Vec<Setting>,
+}
+
 /// Serves until `leave` is asked for.
 pub(crate) async fn serve(
     listener: UnixListener,
     context: Arc<Context>,
     registry: Registry,
-    build: String,
+    about: About,
 ) -> Result<()> {
     let (leave, mut leaving) = mpsc::channel::<()>(1);
-    let build: Arc<str> = build.into();
+    let about = Arc::new(about);
     loop {
         tokio::select! {
             connection = listener.accept() => match connection {
                 Ok((stream, _)) => {
-                    let connection = Connection { context: context.clone(), registry: registry.clone(), build: build.clone(), leave: leave.clone() };
+                    let connection = Connection { context: context.clone(), registry: registry.clone(), about: about.clone(), leave: leave.clone() };
                     tokio::spawn(connection.serve(stream));
                 }
                 Err(error) => {
@@ -55,7 +62,7 @@ pub(crate) async fn serve(
 struct Connection {
     context: Arc<Context>,
     registry: Registry,
-    build: Arc<str>,
+    about: Arc<About>,
     leave: mpsc::Sender<()>,
 }
 
@@ -85,9 +92,10 @@ impl Connection {
                     &Reply::Hello {
                         version: VERSION,
                         pid: std::process::id(),
-                        build: self.build.to_string(),
+                        build: self.about.build.clone(),
                         accelerator,
                         accelerator_reason: reason,
+                        settings: self.about.settings.clone(),
                     },
                 )
                 .await
@@ -98,6 +106,10 @@ impl Connection {
             }
             Request::Launch(launch) => {
                 self.registry.launch(*launch).await?;
+                reply(stream, &Reply::Done).await
+            }
+            Request::Start { vm, starts } => {
+                self.ask_vm(vm, |done| Command::Start { starts, done }).await??;
                 reply(stream, &Reply::Done).await
             }
             Request::Stop { vm, mode } => {
@@ -153,7 +165,7 @@ impl Connection {
                 let text = tokio::task::spawn_blocking(move || console::log_text(&handle.directory))
                     .await
                     .map_err(|error| Error::internal(format!("read the console's log: {error}")))?;
-                reply(stream, &Reply::Log { text, dropped_bytes: 0 }).await
+                reply(stream, &Reply::Log { text }).await
             }
             Request::Watch => self.watch(stream).await,
             Request::Exit => {

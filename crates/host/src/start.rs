@@ -33,7 +33,7 @@ use tokio::{
     time::Instant,
 };
 
-use crate::{cgroup::Groups, console::Console, layout::Layout, prepare, record::Record};
+use crate::{cgroup::Groups, console::Console, layout::Layout, prepare, prepare::Disk, record::Record};
 
 /// How long a guest may take to its agent's first word before it is started again.
 const BOOT_DEADLINE: Duration = Duration::from_secs(60);
@@ -157,16 +157,18 @@ impl Phases<'_> {
 pub(crate) async fn bring_up(
     context: &Context,
     directory: &Path,
-    launch: &Launch,
+    record: &Record,
+    disk: Disk,
     tell: &(dyn Fn(Step) + Send + Sync),
 ) -> Result<Up> {
+    let launch = &record.launch;
     let mut phases = Phases { tell, times: Vec::new(), since: Instant::now(), current: "" };
     phases.enter("queued");
     let verdict = context.accelerator(launch).await?.clone();
     let slot = context.boot_slots.acquire().await;
     let mut last = None;
     for attempt in 1..=BOOT_TRIES {
-        match try_once(context, directory, launch, verdict.accelerator(), &mut phases).await {
+        match try_once(context, directory, record, disk, verdict.accelerator(), &mut phases).await {
             Ok(up) => {
                 drop(slot);
                 phases.enter("ready");
@@ -185,13 +187,15 @@ pub(crate) async fn bring_up(
 async fn try_once(
     context: &Context,
     directory: &Path,
-    launch: &Launch,
+    record: &Record,
+    disk: Disk,
     accelerator: Accelerator,
     phases: &mut Phases<'_>,
 ) -> Result<Up> {
     phases.enter("prepare");
+    let launch = &record.launch;
     let run_as = process::run_as(launch.id.uuid().as_u128(), accelerator);
-    prepare::prepare(&context.layout, directory, launch, context.agent, run_as).await?;
+    prepare::prepare(&context.layout, directory, launch, disk, context.agent, run_as).await?;
     phases.enter("start");
     let words = arguments(&prepare::machine(launch, accelerator));
     let identity = process::start(
@@ -208,14 +212,12 @@ async fn try_once(
     let mut limits = context.groups.limit(&group_name(launch), identity.pid, &launch.profile);
     limits.extend(standing_limits(run_as));
     let record = Record {
-        format: crate::record::FORMAT,
-        launch: launch.clone(),
         accelerator,
         host_boot_id: process::host_boot_id(),
         process: Some(identity),
         limits,
-        adoptions: 0,
         ended: None,
+        ..record.clone()
     };
     record.store(directory)?;
     (phases.tell)(Step::Started { record: Box::new(record) });

@@ -9,11 +9,18 @@
 //!             ready                            process gone
 //!               v                                    v
 //!           Running --guest or user ends it--> Stopped / Failed
+//!                                                 |
+//!                     Starting <---user says so---+ (Stopped only, with its disk)
 //! ```
 //! It is one thing, and one file: every state change goes through its loop.
 //! Nothing else writes the VM's record or talks to its QEMU. Requests come by [`VmHandle`].
 
-use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use burgeon_api::{
     ByteSize, Error, ExecId, Result,
@@ -34,6 +41,7 @@ use tokio::{
 
 use crate::{
     display,
+    prepare::Disk,
     record::Record,
     session::{self, Attachment},
     start::{self, Context, Step, Up, group_name},
@@ -48,6 +56,11 @@ const DYING: Duration = Duration::from_millis(10);
 pub(crate) enum Command {
     Stop {
         mode: StopMode,
+        done: oneshot::Sender<Result<()>>,
+    },
+    /// Start a VM that has stopped once more, unless this number was begun.
+    Start {
+        starts: u32,
         done: oneshot::Sender<Result<()>>,
     },
     Remove {
@@ -96,6 +109,8 @@ struct Owner {
     guest_reason: Option<String>,
     monitor: Option<broadcast::Receiver<Event>>,
     retry_at: Option<Instant>,
+    /// Left by an earlier host process, and not yet taken hold of.
+    adopting: bool,
     /// The guest is paused because its disk could not be written; when to let it try again.
     disk_retry_at: Option<Instant>,
 }
@@ -112,6 +127,7 @@ pub(crate) fn launch(context: Arc<Context>, launch: Launch, changes: broadcast::
         process: None,
         limits: Vec::new(),
         adoptions: 0,
+        starts: 0,
         ended: None,
     };
     record.store(&directory)?;
@@ -163,22 +179,15 @@ fn spawn(
         resident: None,
         cpu_milliseconds: None,
         adoptions: record.adoptions,
+        starts: record.starts,
     };
     let (commands, receiver) = mpsc::channel(64);
     let (view, view_receiver) = watch::channel(first.clone());
     let (step_sender, steps) = mpsc::unbounded_channel();
+    let adopting = matches!(begin, Begin::Adopt(_));
     let handle = VmHandle { commands, view: view_receiver, directory: directory.clone() };
     let starting = match begin {
-        Begin::Launch => {
-            let (context, directory, launch) = (context.clone(), directory.clone(), record.launch.clone());
-            Some(tokio::spawn(async move {
-                let tell = move |step| {
-                    // The owner is gone only when the VM is being removed.
-                    drop(step_sender.send(step));
-                };
-                start::bring_up(&context, &directory, &launch, &tell).await
-            }))
-        }
+        Begin::Launch => Some(bring_up(&context, &directory, &record, Disk::New, step_sender)),
         Begin::Adopt(process) => Some(adopt(directory.clone(), record.launch.clone(), process)),
         Begin::Ended => None,
     };
@@ -197,11 +206,29 @@ fn spawn(
         guest_reason: None,
         monitor: None,
         retry_at: None,
+        adopting,
         disk_retry_at: None,
     };
     drop(owner.changes.send(first));
     tokio::spawn(owner.run(receiver));
     handle
+}
+
+fn bring_up(
+    context: &Arc<Context>,
+    directory: &Path,
+    record: &Record,
+    disk: Disk,
+    steps: mpsc::UnboundedSender<Step>,
+) -> JoinHandle<Result<Up>> {
+    let (context, directory, record) = (context.clone(), directory.to_path_buf(), record.clone());
+    tokio::spawn(async move {
+        let tell = move |step| {
+            // The owner is gone only when the VM is being removed.
+            drop(steps.send(step));
+        };
+        start::bring_up(&context, &directory, &record, disk, &tell).await
+    })
 }
 
 fn adopt(directory: PathBuf, launch: Launch, process: Arc<Process>) -> JoinHandle<Result<Up>> {
@@ -282,6 +309,7 @@ impl Owner {
             view.accelerator = self.record.accelerator;
             view.limits.clone_from(&self.record.limits);
             view.adoptions = self.record.adoptions;
+            view.starts = self.record.starts;
         });
         // Nobody watching is no fault.
         drop(self.changes.send(self.view.borrow().clone()));
@@ -309,8 +337,7 @@ impl Owner {
         }
         match outcome {
             Ok(up) => {
-                let adopted = matches!(self.view.borrow().observed, Observed::Unknown { .. });
-                if adopted {
+                if std::mem::take(&mut self.adopting) {
                     self.record.adoptions += 1;
                     self.store();
                 }
@@ -492,6 +519,7 @@ impl Owner {
     async fn obey(&mut self, command: Command) {
         match command {
             Command::Stop { mode, done } => self.stop(mode, done).await,
+            Command::Start { starts, done } => drop(done.send(self.start_again(starts))),
             Command::Remove { done } => {
                 self.removing = Some(done);
                 self.kill();
@@ -514,6 +542,32 @@ impl Owner {
                 drop(done.send(Ok(())));
             }
         }
+    }
+
+    /// The answer tells that the start is recorded; how it goes, the view tells.
+    fn start_again(&mut self, starts: u32) -> Result<()> {
+        if starts <= self.record.starts {
+            return Ok(());
+        }
+        let observed = self.view.borrow().observed.clone();
+        let busy = self.up.is_some() || self.starting.is_some() || self.held().is_some();
+        if busy || self.removing.is_some() || !matches!(observed, Observed::Stopped { .. }) {
+            let (name, observed) = (&self.record.launch.name, observed.name());
+            return Err(Error::conflict(format!("VM {name} is {observed}: only one that has stopped can be started")));
+        }
+        let record = Record { starts, process: None, limits: Vec::new(), ended: None, ..self.record.clone() };
+        record.store(&self.directory)?;
+        self.record = record;
+        self.guest_reason = None;
+        let (sender, steps) = mpsc::unbounded_channel();
+        self.steps = steps;
+        self.starting = Some(bring_up(&self.context, &self.directory, &self.record, Disk::Kept, sender));
+        self.publish(|view| {
+            view.observed = Observed::Starting { phase: "queued".into() };
+            view.guest = None;
+            view.start_times = Vec::new();
+        });
+        Ok(())
     }
 
     async fn stop(&mut self, mode: StopMode, done: oneshot::Sender<Result<()>>) {

@@ -172,8 +172,8 @@ impl Build<'_> {
     }
 
     fn metadata(&self, kernel: &Kernel, selection: &Selection) -> Image {
-        // In an initramfs there is nothing to hand over to unless the recipe brings it.
-        let stays = self.recipe.kind == Kind::Initramfs && self.recipe.init == "/sbin/init";
+        // In an initramfs there is nothing to hand over to.
+        let stays = self.recipe.kind == Kind::Initramfs;
         Image {
             format: Image::FORMAT,
             name: self.recipe.name.clone(),

@@ -20,6 +20,7 @@ use crate::{
     hash,
     process::{self, Limits, Streaming, Tools},
     qcow2,
+    room::{self, Bounded},
     store::{self, Stored},
     tree::{Kind, Meta, Tree, entry_path, shown},
     work::{DataPaths, WorkDirectory},
@@ -27,6 +28,10 @@ use crate::{
 
 const CONVERT_DEADLINE: Duration = Duration::from_secs(3600);
 const MIB: u64 = 1 << 20;
+/// As for a recipe: a smaller ext4 has no room for its journal.
+const LEAST_DISK: u64 = 64 * MIB;
+/// After so many unpacked bytes the free space is looked at.
+const LOOK: u64 = 64 * MIB;
 
 /// What to import.
 #[derive(Clone, Debug)]
@@ -40,6 +45,8 @@ pub struct ImportRequest {
     pub kernel_of: Option<String>,
     /// For tar: size of the disk; without one, twice what the files take, and 1 GiB at least.
     pub size: Option<ByteSize>,
+    /// The largest disk that may come of it.
+    pub max_size: ByteSize,
     pub data: DataPaths,
     /// Seconds since 1970, for `Image::created_s`.
     pub now_s: u64,
@@ -57,7 +64,8 @@ enum Format {
 /// Makes an image out of a file. The file itself is only read.
 ///
 /// # Errors
-/// `Invalid` where the file is none of the known kinds, `Refused` where it leads to other files.
+/// `Invalid` where the file is none of the known kinds; `Refused` where it leads to other files, or becomes
+/// more than is allowed or than there is space for.
 pub fn import(
     request: &ImportRequest,
     tools: &Tools,
@@ -99,7 +107,7 @@ pub fn import(
 
 fn head(file: &mut File) -> io::Result<Vec<u8>> {
     let mut head = Vec::new();
-    file.take(qcow2::HEAD as u64).read_to_end(&mut head)?;
+    file.take(qcow2::HEAD).read_to_end(&mut head)?;
     file.seek(SeekFrom::Start(0))?;
     Ok(head)
 }
@@ -130,7 +138,11 @@ struct Import<'a> {
 impl Import<'_> {
     /// Copies a disk; blocks of zeros become holes.
     fn raw(&self, file: &mut File) -> Result<Image> {
-        use std::os::unix::fs::FileExt;
+        use std::os::unix::fs::{FileExt, MetadataExt};
+        let about = file.metadata().map_err(|error| Error::io("cannot read the disk", &error))?;
+        room::check_size(about.len(), self.request.max_size)?;
+        // Holes stay holes.
+        room::check_space(about.len().min(about.blocks().saturating_mul(512)), self.work)?;
         let copy = || -> io::Result<Option<u64>> {
             let length = file.metadata()?.len();
             let to = File::create_new(self.out.join(Image::DISK))?;
@@ -160,6 +172,8 @@ impl Import<'_> {
 
     fn qcow2(&self, head: &[u8]) -> Result<Image> {
         qcow2::check(head)?;
+        let shape = qcow2::Shape::of(head)?;
+        room::check_size(shape.size, self.request.max_size)?;
         let path = fs::canonicalize(&self.request.file)
             .map_err(|error| Error::io(format!("cannot open {}", self.request.file.display()), &error))?;
         let path = path.to_str().ok_or_else(|| Error::invalid("the file's name is not UTF-8"))?;
@@ -168,9 +182,12 @@ impl Import<'_> {
         let source = serde_json::json!({
             "driver": "qcow2", "backing": null, "file": { "driver": "file", "filename": path }
         });
+        let source = format!("json:{source}");
+        let written = self.clusters(&source)?.saturating_mul(shape.cluster).min(shape.size);
+        room::check_space(written, self.work)?;
         let disk = self.out.join(Image::DISK);
         let mut command = process::command(&self.tools.qemu_img);
-        command.args(["convert", "-O", "raw", &format!("json:{source}")]).arg(&disk);
+        command.args(["convert", "-O", "raw", &source]).arg(&disk);
         process::run_ok(command, self.limits)?;
         let size = || -> io::Result<u64> {
             let file = File::options().write(true).open(&disk)?;
@@ -180,6 +197,23 @@ impl Import<'_> {
         };
         let size = size().map_err(|error| Error::io("cannot read the converted disk", &error))?;
         Ok(self.metadata(Boot::Firmware, size))
+    }
+
+    /// Clusters of a qcow2 file that hold something.
+    fn clusters(&self, source: &str) -> Result<u64> {
+        /// What qemu-img says of a file in which some clusters belong to nothing.
+        const LEAKS: i32 = 3;
+        let mut command = process::command(&self.tools.qemu_img);
+        command.args(["check", "--output=json", source]);
+        let found = process::run(command, self.limits)?;
+        let about: serde_json::Value = serde_json::from_slice(&found.stdout).unwrap_or_default();
+        if !found.status.success() && found.status.code() != Some(LEAKS) {
+            let said = String::from_utf8_lossy(&found.stderr);
+            let said = burgeon_api::path_text::printable(said.lines().last().unwrap_or("qemu-img check says no more"));
+            return Err(Error::damaged(format!("the qcow2 file is damaged: {said}"))
+                .with_hint("qemu-img check FILE tells more"));
+        }
+        Ok(about["allocated-clusters"].as_u64().unwrap_or(0))
     }
 
     fn decompressed(&self, tool: &Path) -> Result<Image> {
@@ -192,11 +226,29 @@ impl Import<'_> {
         Ok(image)
     }
 
-    /// Makes a disk of a root file system and takes the kernel of another image.
+    fn inflated(&self) -> Error {
+        let most = self.request.max_size;
+        Error::refused(format!("the archive holds more than the {most} that its disk may have at most"))
+            .with_hint("allow more with --max-size SIZE")
+    }
+
     fn tar(&self, archive: impl Read) -> Result<Image> {
         let (from, kernel) = self.kernel()?;
         let mut tree = Tree::create(&self.work.join("tree"))?;
-        let contents = self.unpack(&mut tree, archive)?;
+        let mut archive = Bounded::new(archive, self.request.max_size);
+        let unpacked = self.unpack(&mut tree, &mut archive);
+        if unpacked.is_ok() {
+            // What stands behind the archive's end is nothing, or more than anybody wants: only that matters.
+            drop(io::copy(&mut archive, &mut io::sink()));
+        }
+        if archive.over {
+            return Err(self.inflated());
+        }
+        self.root_file_system(tree, &unpacked?, from, &kernel)
+    }
+
+    /// Makes a disk of a root file system and takes the kernel of another image.
+    fn root_file_system(&self, mut tree: Tree, contents: &Contents, from: Image, kernel: &Path) -> Result<Image> {
         let init = ["/sbin/init", "/init", "/bin/sh"]
             .into_iter()
             .find(|init| tree.canonical(init.as_bytes()).is_ok_and(|path| tree.get(&path).is_some()))
@@ -208,7 +260,10 @@ impl Import<'_> {
                 tree.put_directory(directory.as_bytes(), Meta::root(if directory == "tmp" { 0o1777 } else { 0o755 }))?;
             }
         }
-        let size = self.request.size.unwrap_or(ByteSize((contents.bytes * 2).max(1 << 30).next_multiple_of(MIB)));
+        let wish = (contents.bytes * 2).max(1 << 30).next_multiple_of(MIB);
+        let size = self.request.size.unwrap_or(ByteSize(wish)).min(ByteSize(self.request.max_size.bytes() / MIB * MIB));
+        room::check_space(contents.bytes, self.work)?;
+        room::check_size(LEAST_DISK, self.request.max_size)?;
         let identity = hash::of_bytes(format!("import {} {}", self.request.name, contents.bytes).as_bytes());
         Disk { size, identity: &identity, epoch: contents.newest }.write(
             &tree,
@@ -261,6 +316,7 @@ impl Import<'_> {
         let damaged = |error: io::Error| Error::damaged(format!("the tar cannot be read: {error}"));
         let mut archive = tar::Archive::new(archive);
         let mut contents = Contents { bytes: 0, newest: 0 };
+        let mut unlooked = 0_u64;
         for entry in archive.entries().map_err(damaged)? {
             self.limits.check_cancelled()?;
             let mut entry = entry.map_err(damaged)?;
@@ -274,7 +330,15 @@ impl Import<'_> {
                 ..Meta::root(0)
             };
             contents.newest = contents.newest.max(meta.mtime);
-            contents.bytes += entry.size().next_multiple_of(4096) + 512;
+            let bytes = entry.size().checked_next_multiple_of(4096).unwrap_or(u64::MAX).saturating_add(512);
+            contents.bytes = contents.bytes.saturating_add(bytes);
+            // Before it is unpacked: a file's size is told in front of it.
+            room::check_size(contents.bytes, self.request.max_size)?;
+            unlooked = unlooked.saturating_add(bytes);
+            if unlooked >= LOOK {
+                room::check_space(bytes, self.work)?;
+                unlooked = 0;
+            }
             tree.make_parents(&path)?;
             if header.entry_type().is_dir() {
                 let link = tree.get(&path).is_some_and(|node| matches!(node.kind, Kind::Link(_)));

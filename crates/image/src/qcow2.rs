@@ -4,11 +4,14 @@ use burgeon_api::{Error, Result};
 
 pub(crate) const MAGIC: &[u8] = b"QFI\xfb";
 /// Bytes of the file that [`check`] wants to see, where it has as many.
-pub(crate) const HEAD: usize = 1 << 16;
+pub const HEAD: u64 = 1 << 16;
 
 /// Refuses what would make QEMU open another file: a backing file or an external data file. A
 /// user's image must not name, say, `/etc/shadow`, and have it read into a disk.
-pub(crate) fn check(head: &[u8]) -> Result<()> {
+///
+/// # Errors
+/// `Refused`, `Invalid` or `Damaged`, with what is wrong.
+pub fn check(head: &[u8]) -> Result<()> {
     let damaged = || Error::damaged("the qcow2 file's header is malformed");
     let number = |at: usize, size: usize| -> Result<u64> {
         let bytes = head.get(at..at + size).ok_or_else(damaged)?;
@@ -50,6 +53,25 @@ pub(crate) fn check(head: &[u8]) -> Result<()> {
         }
         let length = usize::try_from(number(extension + 4, 4)?).map_err(|_| damaged())?;
         extension = extension.checked_add(8 + length.next_multiple_of(8)).ok_or_else(damaged)?;
+    }
+}
+
+/// What a header that [`check`] has passed tells of the disk.
+pub(crate) struct Shape {
+    /// Bytes of the disk that a guest sees.
+    pub(crate) size: u64,
+    /// Bytes of a cluster.
+    pub(crate) cluster: u64,
+}
+
+impl Shape {
+    pub(crate) fn of(head: &[u8]) -> Result<Shape> {
+        let damaged = || Error::damaged("the qcow2 file's header is malformed");
+        let bits = head.get(20..24).and_then(|bytes| bytes.try_into().ok()).map(u32::from_be_bytes);
+        let size = head.get(24..32).and_then(|bytes| bytes.try_into().ok()).map(u64::from_be_bytes);
+        // QEMU takes clusters of 512 bytes to 2 MiB.
+        let bits = bits.filter(|bits| (9..=21).contains(bits)).ok_or_else(damaged)?;
+        Ok(Shape { size: size.ok_or_else(damaged)?, cluster: 1 << bits })
     }
 }
 

@@ -32,6 +32,8 @@ pub struct VmRow {
     pub pipeline: Option<PipelineId>,
     pub version: u64,
     pub created_s: u64,
+    /// How often its user has asked to start it again.
+    pub starts: u32,
 }
 
 /// A row of `pipeline`.
@@ -39,6 +41,22 @@ pub struct VmRow {
 pub struct PipelineRow {
     pub request: RunPipeline,
     pub view: PipelineView,
+}
+
+/// A row that does not read, with what can be told of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Damaged {
+    /// As it is kept, which need not be an id.
+    pub id: String,
+    pub name: String,
+    pub reason: String,
+}
+
+impl Damaged {
+    fn of(row: &Row, error: Error) -> Damaged {
+        let text = |index: usize| row.text(index).unwrap_or_default().to_string();
+        Damaged { id: text(0), name: text(1), reason: error.message }
+    }
 }
 
 /// A handle to the meta database. Cheap to clone.
@@ -72,7 +90,7 @@ impl Meta {
                         .with_hint(format!("choose another name, or remove it: burgeon vm rm {}", row.name)));
                 }
                 connection.execute(
-                    "INSERT INTO vm VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+                    "INSERT INTO vm VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
                     &[
                         row.id.to_string().into(),
                         row.name.as_str().into(),
@@ -84,6 +102,7 @@ impl Meta {
                         row.pipeline.map(|id| id.to_string()).into(),
                         row.version.into(),
                         row.created_s.into(),
+                        u64::from(row.starts).into(),
                     ],
                 )?;
                 Ok(row.clone())
@@ -91,14 +110,33 @@ impl Meta {
             .await
     }
 
-    /// All VMs, oldest first.
+    /// All VMs whose rows read, oldest first.
     ///
     /// # Errors
-    /// `Damaged` for a row that does not read.
+    /// The database's.
     pub async fn vms(&self) -> Result<Vec<VmRow>> {
+        self.all_vms().await.map(|(rows, _)| rows)
+    }
+
+    /// All VMs, oldest first, and the rows that do not read: one of those hides no other.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn all_vms(&self) -> Result<(Vec<VmRow>, Vec<Damaged>)> {
         self.database
-            .read("list VMs", |connection| {
-                connection.query("SELECT * FROM vm ORDER BY id", &[])?.iter().map(read_vm).collect()
+            .read("list VMs", |connection| Ok(apart(&connection.query("SELECT * FROM vm ORDER BY id", &[])?, read_vm)))
+            .await
+    }
+
+    /// Forgets a VM whose row does not read, by its id as it is kept.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn forget_damaged_vm(&self, id: String) -> Result<()> {
+        self.database
+            .write("forget VM", move |connection| {
+                connection.execute("DELETE FROM vm WHERE id = $1", &[id.as_str().into()])?;
+                Ok(())
             })
             .await
     }
@@ -147,6 +185,41 @@ impl Meta {
                     "UPDATE vm SET intent = $2, version = $3 WHERE id = $1",
                     &[id.to_string().into(), to_json(&row.intent).into(), row.version.into()],
                 )?;
+                Ok(row)
+            })
+            .await
+    }
+
+    /// Wants a VM that has stopped started again.
+    ///
+    /// # Errors
+    /// `NotFound`; `Conflict` when the row is not the one that the caller has seen.
+    pub async fn start_again(&self, seen: VmRow) -> Result<VmRow> {
+        self.database
+            .write("start VM", move |connection| {
+                let row = VmRow {
+                    intent: Intent::Running,
+                    observed: Observed::Pending,
+                    version: seen.version + 1,
+                    starts: seen.starts + 1,
+                    ..seen.clone()
+                };
+                let changed = connection.execute(
+                    "UPDATE vm SET intent = $2, observed = $3, version = $4, starts = $5 WHERE id = $1 AND version = $6",
+                    &[
+                        row.id.to_string().into(),
+                        to_json(&row.intent).into(),
+                        to_json(&row.observed).into(),
+                        row.version.into(),
+                        u64::from(row.starts).into(),
+                        seen.version.into(),
+                    ],
+                )?;
+                if changed == 0 {
+                    return Err(
+                        Error::conflict(format!("VM {} has changed", row.name)).with_hint("read it again and repeat")
+                    );
+                }
                 Ok(row)
             })
             .await
@@ -242,17 +315,17 @@ impl Meta {
             .await
     }
 
-    /// All runs, oldest first.
+    /// All runs, oldest first, and the rows that do not read.
     ///
     /// # Errors
-    /// `Damaged` for a row that does not read.
-    pub async fn pipelines(&self) -> Result<Vec<PipelineRow>> {
+    /// The database's.
+    pub async fn pipelines(&self) -> Result<(Vec<PipelineRow>, Vec<Damaged>)> {
         self.database
             .read("list runs", |connection| {
-                let rows = connection.query("SELECT request, view FROM pipeline ORDER BY id", &[])?;
+                let rows = connection.query("SELECT id, name, request, view FROM pipeline ORDER BY id", &[])?;
                 let read =
-                    |row: &Row| Ok(PipelineRow { request: from_json(row.text(0)?)?, view: from_json(row.text(1)?)? });
-                rows.iter().map(read).collect()
+                    |row: &Row| Ok(PipelineRow { request: from_json(row.text(2)?)?, view: from_json(row.text(3)?)? });
+                Ok(apart(&rows, read))
             })
             .await
     }
@@ -287,7 +360,27 @@ impl Meta {
 
 fn find_vm(connection: &mut Connection, column: &'static str, key: &str) -> Result<Option<VmRow>> {
     let found = connection.query_first(&format!("SELECT * FROM vm WHERE {column} = $1"), &[key.into()])?;
-    found.as_ref().map(read_vm).transpose()
+    let read = |row: &Row| {
+        read_vm(row).map_err(|error| {
+            let Damaged { id, name, reason } = Damaged::of(row, error);
+            let shown = burgeon_api::path_text::printable(&name);
+            Error::damaged(format!("the row of VM {shown} does not read: {reason}"))
+                .with_hint(format!("burgeon vm rm {id} removes it, with the VM"))
+        })
+    };
+    found.as_ref().map(read).transpose()
+}
+
+/// Rows that read, and those that do not.
+fn apart<T>(rows: &[Row], read: impl Fn(&Row) -> Result<T>) -> (Vec<T>, Vec<Damaged>) {
+    let (mut good, mut damaged) = (Vec::new(), Vec::new());
+    for row in rows {
+        match read(row) {
+            Ok(row) => good.push(row),
+            Err(error) => damaged.push(Damaged::of(row, error)),
+        }
+    }
+    (good, damaged)
 }
 
 fn read_vm(row: &Row) -> Result<VmRow> {
@@ -302,6 +395,7 @@ fn read_vm(row: &Row) -> Result<VmRow> {
         pipeline: row.optional_text(7)?.map(str::parse).transpose()?,
         version: row.unsigned(8)?,
         created_s: row.unsigned(9)?,
+        starts: u32::try_from(row.unsigned(10)?).unwrap_or(u32::MAX),
     })
 }
 
@@ -312,4 +406,89 @@ fn to_json(value: &impl Serialize) -> String {
 
 fn from_json<T: DeserializeOwned>(text: &str) -> Result<T> {
     serde_json::from_str(text).map_err(|error| Error::damaged(format!("meta holds a row that does not read: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use burgeon_api::ErrorKind;
+    use rusqlite::{Connection, params};
+
+    use super::*;
+
+    fn open() -> (tempfile::TempDir, Meta) {
+        let directory = tempfile::tempdir().unwrap();
+        let meta = Meta::open(directory.path().join("meta.db").as_path()).unwrap();
+        (directory, meta)
+    }
+
+    fn row(name: &str) -> VmRow {
+        VmRow {
+            id: VmId::generate(),
+            name: name.into(),
+            image: "tiny".into(),
+            profile: Profile::default(),
+            intent: Intent::Running,
+            observed: Observed::Pending,
+            launched: false,
+            pipeline: None,
+            version: 1,
+            created_s: 5,
+            starts: 0,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stopped_vm_is_asked_to_start_once_for_each_version_seen() {
+        let (_directory, meta) = open();
+        let web = meta.create_vm(row("web")).await.unwrap();
+        let stopped = meta.set_intent(web.id, Intent::Stopped, None).await.unwrap();
+        let again = meta.start_again(stopped.clone()).await.unwrap();
+        assert_eq!((again.intent, again.starts, again.version), (Intent::Running, 1, 3));
+        assert_eq!(meta.vm("web").await.unwrap(), again);
+        assert_eq!(meta.start_again(stopped).await.unwrap_err().kind, ErrorKind::Conflict);
+    }
+
+    #[tokio::test]
+    async fn a_damaged_row_hides_no_other_and_can_be_forgotten() {
+        let (directory, meta) = open();
+        let (web, bad) = (meta.create_vm(row("web")).await.unwrap(), meta.create_vm(row("bad")).await.unwrap());
+        let other = Connection::open(directory.path().join("meta.db")).unwrap();
+        for (column, garbage) in [("profile", "{"), ("intent", ""), ("observed", "{\"state\":\"confused\"}")] {
+            let update = format!("UPDATE vm SET {column} = ?2 WHERE id = ?1");
+            other.execute(&update, [&bad.id.to_string(), garbage]).unwrap();
+            let (good, damaged) = meta.all_vms().await.unwrap();
+            assert_eq!(good, std::slice::from_ref(&web), "{column}");
+            assert_eq!((damaged[0].id.as_str(), damaged[0].name.as_str()), (bad.id.to_string().as_str(), "bad"));
+            let error = meta.vm("bad").await.unwrap_err();
+            assert!(error.kind == ErrorKind::Damaged && error.message.contains("VM bad"), "{error}");
+            assert!(error.hint.unwrap().contains(&bad.id.to_string()));
+        }
+        other.execute("UPDATE vm SET id = 'no id' WHERE name = 'bad'", []).unwrap();
+        assert_eq!(meta.all_vms().await.unwrap().1[0].id, "no id");
+        meta.forget_damaged_vm("no id".into()).await.unwrap();
+        assert_eq!(meta.all_vms().await.unwrap(), (vec![web], vec![]));
+        other.execute("INSERT INTO pipeline VALUES ('p', 'run', '{}', '\"done\"', '[]', 7)", []).unwrap();
+        let (good, damaged) = meta.pipelines().await.unwrap();
+        assert_eq!((good, damaged[0].name.as_str()), (vec![], "run"));
+    }
+
+    #[tokio::test]
+    async fn a_meta_of_the_first_version_is_taken_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("meta.db");
+        let id = VmId::generate();
+        let old = Connection::open(&path).unwrap();
+        old.execute_batch(schema::FIRST).unwrap();
+        old.pragma_update(None, "user_version", 1).unwrap();
+        let values = params![id.to_string(), to_json(&Profile::default())];
+        old.execute(
+            r#"INSERT INTO vm VALUES (?1, 'web', 'tiny', ?2, '"stopped"', '{"state":"running"}', 1, NULL, 4, 5)"#,
+            values,
+        )
+        .unwrap();
+        drop(old);
+        let meta = Meta::open(path.as_path()).unwrap();
+        let kept = meta.vm("web").await.unwrap();
+        assert_eq!((kept.id, kept.intent, kept.version, kept.starts), (id, Intent::Stopped, 4, 0));
+    }
 }

@@ -13,7 +13,9 @@ pub(crate) static META: Component = Component {
 };
 
 /// One entry per version; entry n brings version n to n + 1. In SQLite's words, translated for PostgreSQL by `sql`.
-const MIGRATIONS: [&str; 1] = ["
+const MIGRATIONS: [&str; 2] = [FIRST, SECOND];
+
+pub(crate) const FIRST: &str = "
     CREATE TABLE vm (
         id TEXT PRIMARY KEY,
         name TEXT NOT NULL UNIQUE,
@@ -41,4 +43,9 @@ const MIGRATIONS: [&str; 1] = ["
         entry TEXT NOT NULL,
         PRIMARY KEY (pipeline, path)
     ) STRICT, WITHOUT ROWID;
-"];
+";
+
+/// VMs that are started again.
+const SECOND: &str = "
+    ALTER TABLE vm ADD COLUMN starts INTEGER NOT NULL DEFAULT 0;
+";

@@ -14,7 +14,7 @@ use burgeon_api::{
 use burgeon_control::exec_client::{FrameReader, FrameWriter, InputWindow};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf},
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
     time::Instant,
 };
@@ -99,6 +99,27 @@ struct Session<'a> {
     lost_since: Option<Instant>,
 }
 
+/// The signals by which users end this program.
+struct Ending {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Ending {
+    fn watch() -> Result<Ending> {
+        let watch = |kind| signal(kind).map_err(|error| Error::io("wait for signals", &error));
+        Ok(Ending { interrupt: watch(SignalKind::interrupt())?, terminate: watch(SignalKind::terminate())? })
+    }
+
+    /// The number of the next one. Safe to cancel.
+    async fn signal(&mut self) -> u8 {
+        tokio::select! {
+            _ = self.interrupt.recv() => 2,
+            _ = self.terminate.recv() => 15,
+        }
+    }
+}
+
 enum Met {
     Frame(Result<Option<Frame>>),
     Input(Option<Option<Vec<u8>>>),
@@ -147,12 +168,21 @@ impl<'a> Session<'a> {
     }
 
     async fn run(mut self) -> Result<u8> {
+        let mut asked_to_end = Ending::watch()?;
         loop {
-            let attempt = async {
-                let (reader, writer) = self.connect().await?;
-                self.drive(reader, writer).await
+            // Nobody passes a signal on to the command now: it ends us.
+            let connected = tokio::select! {
+                connected = self.connect() => connected,
+                number = asked_to_end.signal() => {
+                    output::note("interrupted while the server was away; what the command did is not known");
+                    return Ok(128 + number);
+                }
             };
-            let error = match attempt.await {
+            let outcome = match connected {
+                Ok((reader, writer)) => self.drive(reader, writer, &mut asked_to_end).await,
+                Err(error) => Err(error),
+            };
+            let error = match outcome {
                 Ok(Some(code)) => return Ok(code),
                 Ok(None) => Error::unavailable("the server broke the session off"),
                 Err(error) if error.kind == ErrorKind::Unavailable && self.attach.resume => error,
@@ -163,6 +193,7 @@ impl<'a> Session<'a> {
             if self.lost_since.get_or_insert_with(Instant::now).elapsed() > RECONNECT {
                 return Err(error);
             }
+            // A signal in this moment is met by the next round.
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
@@ -179,11 +210,8 @@ impl<'a> Session<'a> {
     }
 
     /// Drives the session over one connection: the exit code, or `None` when the connection is lost.
-    async fn drive(&mut self, mut reader: Reader, mut writer: Writer) -> Result<Option<u8>> {
-        let watch = |kind| signal(kind).map_err(|error| Error::io("wait for signals", &error));
-        let mut interrupt = watch(SignalKind::interrupt())?;
-        let mut terminate = watch(SignalKind::terminate())?;
-        let mut resized = watch(SignalKind::window_change())?;
+    async fn drive(&mut self, mut reader: Reader, mut writer: Writer, asked_to_end: &mut Ending) -> Result<Option<u8>> {
+        let mut resized = signal(SignalKind::window_change()).map_err(|error| Error::io("wait for signals", &error))?;
         // The first frame tells where the other side stands.
         let mut attached = false;
         loop {
@@ -194,8 +222,7 @@ impl<'a> Session<'a> {
             let met = tokio::select! {
                 frame = reader.next() => Met::Frame(frame),
                 piece = self.input.recv(), if wants_input => Met::Input(piece),
-                _ = interrupt.recv() => Met::Signal(2),
-                _ = terminate.recv() => Met::Signal(15),
+                number = asked_to_end.signal() => Met::Signal(number.into()),
                 _ = resized.recv() => Met::Resized,
             };
             let frame = match met {

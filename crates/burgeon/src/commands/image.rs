@@ -23,11 +23,12 @@ pub(super) async fn run(context: &Context, command: ImageCommand) -> Result<u8> 
             let lines = context.client()?.lines("/v1/images/build", Some(&request)).await?;
             follow(context, lines).await
         }
-        ImageCommand::Import { file, name } => {
+        ImageCommand::Import { file, name, max_size } => {
             let file =
                 std::fs::canonicalize(&file).map_err(|error| Error::io(format!("read {}", file.display()), &error))?;
             let file = file.to_str().ok_or_else(|| Error::invalid("the file's path is not UTF-8"))?.to_string();
-            let lines = context.client()?.lines("/v1/images/import", Some(&ImportImage { file, name })).await?;
+            let request = ImportImage { file, name, max_size };
+            let lines = context.client()?.lines("/v1/images/import", Some(&request)).await?;
             follow(context, lines).await
         }
         ImageCommand::Ls(arguments) => list(context, arguments.quiet).await,

@@ -1,6 +1,7 @@
 //! One small file for each noun.
 
 mod about;
+mod config;
 mod copy;
 mod doctor;
 mod exec;
@@ -21,6 +22,7 @@ use crate::{
 /// What every command may use.
 pub(crate) struct Context {
     pub(crate) data: PathBuf,
+    pub(crate) data_set_by: Option<&'static str>,
     pub(crate) json: bool,
 }
 
@@ -30,7 +32,7 @@ impl Context {
             Some(data) => data.clone(),
             None => default_data()?,
         };
-        Ok(Context { data, json: global.output == Format::Json })
+        Ok(Context { data, data_set_by: global.data_set_by, json: global.output == Format::Json })
     }
 
     pub(crate) fn client(&self) -> Result<Client> {
@@ -53,7 +55,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<u8> {
         Command::Pipeline(PipelineCommand::Show { run }) => pipeline::show(&context, &run).await,
         Command::Pipeline(PipelineCommand::Cancel { run }) => pipeline::cancel(&context, &run).await,
         Command::Doctor => doctor::run(&context).await,
-        Command::Config(_) => about::config(&context),
+        Command::Config(_) => config::show(&context).await,
         Command::Serve(arguments) => serve::serve(&context, arguments).await,
         Command::Host => serve::host(&context).await,
         Command::Control(arguments) => serve::control(&context, arguments).await,

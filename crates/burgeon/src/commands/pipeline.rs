@@ -42,8 +42,20 @@ pub(super) async fn run(context: &Context, arguments: RunArguments) -> Result<u8
     let request = RunPipeline { id, pipeline, input: text(&input)?, output: text(&output)? };
     let client = context.client()?;
     drop::<PipelineView>(client.post("/v1/pipelines", &request).await?);
-    let view = follow(&client, id).await?;
+    let view = match follow(&client, id).await {
+        Err(error) if error.kind == ErrorKind::Cancelled => {
+            output::fail(&error);
+            return Ok(130);
+        }
+        view => view?,
+    };
     finish(context, &client, &view).await
+}
+
+/// While the server is away nobody can be asked to cancel.
+fn left_alone(id: PipelineId) -> Error {
+    Error::new(ErrorKind::Cancelled, "interrupted while the server was away; the run goes on when it is back")
+        .with_hint(format!("burgeon pipeline cancel {}", id.short()))
 }
 
 async fn follow(client: &Client, id: PipelineId) -> Result<PipelineView> {
@@ -54,7 +66,12 @@ async fn follow(client: &Client, id: PipelineId) -> Result<PipelineView> {
     let mut lost_since: Option<Instant> = None;
     let mut cancelled = false;
     loop {
-        let opened = client.lines::<PipelineView>(&format!("{path}/watch"), None::<&()>).await;
+        let watched = format!("{path}/watch");
+        let opened = tokio::select! {
+            opened = client.lines::<PipelineView>(&watched, None::<&()>) => opened,
+            _ = interrupt.recv() => Err(left_alone(id)),
+            _ = terminate.recv() => Err(left_alone(id)),
+        };
         let mut lines = match opened {
             Ok(lines) => lines,
             Err(error)
@@ -94,7 +111,13 @@ async fn follow(client: &Client, id: PipelineId) -> Result<PipelineView> {
                 None => {
                     cancelled = true;
                     output::note("cancelling; interrupt again to leave at once");
-                    match client.post::<()>(&format!("{path}/cancel"), &json!({})).await {
+                    let (cancel, nothing) = (format!("{path}/cancel"), json!({}));
+                    let asked = tokio::select! {
+                        asked = client.post::<()>(&cancel, &nothing) => asked,
+                        _ = interrupt.recv() => Err(left_alone(id)),
+                        _ = terminate.recv() => Err(left_alone(id)),
+                    };
+                    match asked {
                         Ok(()) => {}
                         // It has just ended; the next line tells how.
                         Err(error) if error.kind == ErrorKind::Conflict => {}

@@ -11,7 +11,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::Context;
+use super::{Context, config};
 use crate::arguments::ServeArguments;
 
 /// The guest agent, built with this program.
@@ -45,7 +45,13 @@ fn asked_to_end() -> Result<CancellationToken> {
 pub(super) async fn host(context: &Context) -> Result<u8> {
     log_to_stderr();
     let wish = std::env::var("BURGEON_ACCEL").unwrap_or_default().parse()?;
-    let options = burgeon_host::Options { data: context.data.clone(), wish, agent: AGENT, build: version() };
+    let options = burgeon_host::Options {
+        data: context.data.clone(),
+        wish,
+        agent: AGENT,
+        build: version(),
+        settings: config::of_host(),
+    };
     let token = asked_to_end()?;
     tokio::select! {
         outcome = burgeon_host::run(options) => outcome.map(|()| 0),
@@ -60,6 +66,7 @@ pub(super) async fn control(context: &Context, arguments: ServeArguments) -> Res
         data: context.data.clone(),
         version: version(),
         idle_exit: arguments.idle_exit.map(|span| span.0),
+        settings: config::of_control(arguments.idle_exit),
     };
     burgeon_control::run(options, asked_to_end()?).await.map(|()| 0)
 }

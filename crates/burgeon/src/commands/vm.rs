@@ -6,6 +6,8 @@ use burgeon_api::{
     Error, Result, VmId,
     document::Document,
     http::{CreateVm, ServerView, StopVm},
+    image::Boot,
+    login::{Login, check_key},
     profile::Profile,
     vm::{Accelerator, Observed, VmView},
 };
@@ -25,12 +27,19 @@ use crate::{
 
 pub(super) async fn run(context: &Context, command: VmCommand) -> Result<u8> {
     match command {
-        VmCommand::Create { image, name, profile, no_wait } => create(context, image, name, &profile, !no_wait).await,
+        VmCommand::Create { image, name, profile, ssh_key, user, no_wait } => {
+            let mut profile = read_profile(&profile)?;
+            if !ssh_key.is_empty() {
+                profile.login = Some(read_login(&ssh_key, user)?);
+            }
+            create(context, image, name, profile, !no_wait).await
+        }
         VmCommand::Show { vm, timing } => show(context, &vm, timing).await,
         VmCommand::Console(VmName { vm }) => console(context, &vm).await,
         VmCommand::Display { vm, socket } => display(context, &vm, socket).await,
         VmCommand::Ssh { vm, arguments } => ssh(context, &vm, &arguments).await,
         VmCommand::Cp { from, to, recursive } => copy::copy(&context.client()?, &from, &to, recursive).await,
+        VmCommand::Start { vms, no_wait } => start(context, &vms, !no_wait).await,
         VmCommand::Stop { vms, force } => stop(context, &vms, force).await,
         VmCommand::Rm { vms, force } => remove(context, &vms, force).await,
         VmCommand::Freeze(VmName { vm }) => verb(context, &vm, "freeze").await,
@@ -56,10 +65,46 @@ fn read_profile(text: &str) -> Result<Profile> {
     Ok(profile)
 }
 
-async fn create(context: &Context, image: String, name: Option<String>, profile: &str, wait: bool) -> Result<u8> {
-    let mut profile = read_profile(profile)?;
+fn read_login(files: &[PathBuf], user: Option<String>) -> Result<Login> {
+    let read = |file: &PathBuf| {
+        let shown = file.display();
+        let bytes = std::fs::read(file).map_err(|error| Error::io(format!("read the key {shown}"), &error))?;
+        let text = String::from_utf8(bytes).map_err(|_| Error::invalid(format!("{shown}: the key is not UTF-8")))?;
+        let key = text.strip_suffix('\n').unwrap_or(&text).trim_end_matches(['\r', ' ']);
+        check_key(key).map_err(|error| error.context(shown))?;
+        Ok(key.to_string())
+    };
+    let login = Login { user, keys: files.iter().map(read).collect::<Result<_>>()? };
+    login.check().map_err(|error| error.context("--user"))?;
+    Ok(login)
+}
+
+/// A foreign image has no agent to open a shell.
+fn tell_way_in(vm: &VmView) {
+    let name = &vm.name;
+    match &vm.profile.login {
+        None => output::note(&format!(
+            "no agent, and the seed names no user: log in on its console, burgeon vm console {name} (or create it with --ssh-key FILE --user NAME)"
+        )),
+        Some(login) => {
+            let user = login.user.as_deref().unwrap_or("the image's own user");
+            output::note(&format!(
+                "no agent: where the image runs cloud-init and an SSH server, {user} may log in with the key; its console: burgeon vm console {name}"
+            ));
+        }
+    }
+}
+
+async fn create(
+    context: &Context,
+    image: String,
+    name: Option<String>,
+    mut profile: Profile,
+    wait: bool,
+) -> Result<u8> {
     let client = context.client()?;
     let about: burgeon_api::image::ImageView = client.get(&format!("/v1/images/{}", escape(&image))).await?;
+    let foreign = about.image.as_ref().is_some_and(|image| image.boot == Boot::Firmware);
     if about.image.is_some_and(|image| image.disk.is_none()) {
         // An image without a disk has no init of its own to start.
         profile.init = burgeon_api::profile::Init::None;
@@ -67,6 +112,9 @@ async fn create(context: &Context, image: String, name: Option<String>, profile:
     let request = CreateVm { id: VmId::generate(), name, image, profile };
     let vm: VmView = client.post("/v1/vms", &request).await?;
     let vm = if wait { wait_until_up(&client, &vm).await? } else { vm };
+    if foreign {
+        tell_way_in(&vm);
+    }
     if context.json {
         output::json(&vm)?;
     } else {
@@ -75,8 +123,12 @@ async fn create(context: &Context, image: String, name: Option<String>, profile:
     Ok(0)
 }
 
+async fn wait_until_decided(client: &Client, vm: &VmView) -> Result<VmView> {
+    client.get(&format!("{}/wait", path(&vm.id.to_string()))).await
+}
+
 async fn wait_until_up(client: &Client, vm: &VmView) -> Result<VmView> {
-    let up: VmView = client.get(&format!("{}/wait", path(&vm.id.to_string()))).await?;
+    let up = wait_until_decided(client, vm).await?;
     match &up.observed {
         Observed::Failed { reason } | Observed::Stopped { reason } => {
             let error = Error::unavailable(format!("VM {} did not come up: {reason}", up.name));
@@ -159,6 +211,7 @@ async fn show(context: &Context, vm: &str, timing: bool) -> Result<u8> {
         ("network", format!("{:?}", view.profile.network).to_lowercase()),
         ("display", if view.profile.display { "yes" } else { "no" }.to_string()),
         ("version", view.version.to_string()),
+        ("started again", view.starts.to_string()),
     ];
     if let Some(pipeline) = &view.pipeline {
         lines.push(("pipeline", pipeline.clone()));
@@ -209,6 +262,29 @@ pub(super) async fn logs(context: &Context, vm: &str) -> Result<u8> {
 
 async fn verb(context: &Context, vm: &str, verb: &str) -> Result<u8> {
     context.client()?.post::<()>(&format!("{}/{verb}", path(vm)), &json!({})).await?;
+    Ok(0)
+}
+
+async fn start(context: &Context, vms: &[String], wait: bool) -> Result<u8> {
+    let client = context.client()?;
+    for vm in vms {
+        let mut view: VmView = client.post(&format!("{}/start", path(vm)), &json!({})).await?;
+        if view.observed == Observed::Running {
+            // A start takes longer than the answer to its request.
+            output::note(&format!("VM {} runs already", view.name));
+        } else if wait {
+            view = wait_until_decided(&client, &view).await?;
+            if let Observed::Failed { reason } | Observed::Stopped { reason } = &view.observed {
+                return Err(Error::unavailable(format!("VM {} did not come up: {reason}", view.name))
+                    .with_hint(format!("what its guest said last: burgeon logs {}", view.name)));
+            }
+        }
+        if context.json {
+            output::json(&view)?;
+        } else {
+            output::print(&format!("{}\n", view.name));
+        }
+    }
     Ok(0)
 }
 
@@ -315,16 +391,18 @@ impl Drop for RemoveOnDrop {
 async fn ssh(context: &Context, vm: &str, arguments: &[String]) -> Result<u8> {
     let client = context.client()?;
     let view: VmView = client.get(&path(vm)).await?;
-    let key = ["id_ed25519.pub", "id_ecdsa.pub", "id_rsa.pub"]
+    let (identity, key) = ["id_ed25519", "id_ecdsa", "id_rsa"]
         .iter()
         .filter_map(|name| Some(PathBuf::from(std::env::var_os("HOME")?).join(".ssh").join(name)))
-        .find_map(|file| std::fs::read(file).ok())
+        .find_map(|file| std::fs::read(file.with_extension("pub")).ok().map(|key| (file, key)))
         .ok_or_else(|| Error::not_found("there is no ssh key of yours").with_hint("make one: ssh-keygen -t ed25519"))?;
     copy::put_bytes(&client, vm, "/run/burgeon/authorized_keys", "0600", key.into()).await?;
     let program = std::env::current_exe().map_err(|error| Error::io("find this program", &error))?;
     let quote = |text: &str| format!("'{}'", text.replace('\'', "'\\''").replace('%', "%%"));
-    // Host keys are made where the image has none of its own.
-    let server = "mkdir -p /run/sshd && ssh-keygen -A >/dev/null && exec /usr/sbin/sshd -i -o AuthorizedKeysFile=/run/burgeon/authorized_keys -o PermitRootLogin=prohibit-password";
+    // One host key is made where there is none: all kinds of them would take an emulated guest many seconds.
+    let server = "mkdir -p /run/sshd && key=/etc/ssh/ssh_host_ed25519_key && \
+        { [ -e $key ] || ssh-keygen -q -t ed25519 -N '' -f $key; } && exec /usr/sbin/sshd -i -o HostKey=$key \
+        -o AuthorizedKeysFile=/run/burgeon/authorized_keys -o PermitRootLogin=prohibit-password";
     let proxy = format!(
         "{} --data {} exec {} -- /bin/sh -c {}",
         quote(&program.display().to_string()),
@@ -338,6 +416,9 @@ async fn ssh(context: &Context, vm: &str, arguments: &[String]) -> Result<u8> {
         .arg(format!("ProxyCommand={proxy}"))
         .arg("-o")
         .arg(format!("UserKnownHostsFile={}", known.display()))
+        // ssh takes the home directory from the list of users, we from the environment: the key is the same one.
+        .arg("-o")
+        .arg(format!("IdentityFile={}", identity.display()))
         .args(["-o", "StrictHostKeyChecking=accept-new", "-o"])
         .arg(format!("HostKeyAlias=burgeon-{}", view.id))
         .args(["-l", "root"])

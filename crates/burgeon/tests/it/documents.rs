@@ -72,6 +72,38 @@ fn every_verb_has_help_and_a_manual_page() {
     for shell in ["bash", "zsh", "fish"] {
         assert!(lab.run(&["completions", shell]).good().stdout.contains("burgeon"));
     }
-    let settings = lab.json(&["config", "show"]);
-    assert!(settings.as_array().unwrap().iter().any(|setting| setting["name"] == "accelerator"), "{settings}");
+}
+
+#[test]
+fn settings_are_the_servers_where_one_runs() {
+    let lab = Lab::new(&[]);
+    let find = |settings: &serde_json::Value, name: &str| {
+        settings.as_array().unwrap().iter().find(|setting| setting["name"] == name).cloned().unwrap()
+    };
+    let before = lab.run(&["config", "show", "-o", "json"]);
+    assert!(before.stderr.contains("No server runs"), "{before:?}");
+    let before = before.json();
+    assert_eq!((&find(&before, "data")["from"], &find(&before, "data")["set_by"]), (&"flag".into(), &"--data".into()));
+    assert_eq!(find(&before, "accelerator")["from"], "environment");
+    assert_eq!(find(&before, "debian archive")["from"], "default");
+    assert!(!lab.data().join("control.sock").exists(), "looking starts no server");
+
+    let started = lab.command(&["ps"]).env("BURGEON_LOG", "warn").spawn().unwrap();
+    crate::lab::finish(started).good();
+    // What this command's environment says does not matter.
+    let asked = lab.command(&["-o", "json", "config", "show"]).env("BURGEON_ACCEL", "kvm").spawn().unwrap();
+    let asked = crate::lab::finish(asked);
+    assert!(!asked.stderr.contains("No server"), "{asked:?}");
+    let asked = asked.json();
+    for (name, value, set_by) in
+        [("log", "warn", "BURGEON_LOG"), ("accelerator", "tcg", "BURGEON_ACCEL"), ("idle exit", "1m", "--idle-exit")]
+    {
+        let setting = find(&asked, name);
+        let told = (&setting["value"], &setting["from"], &setting["set_by"]);
+        assert_eq!(told, (&value.into(), &"server".into(), &set_by.into()), "{asked}");
+    }
+    assert!(find(&asked, "accelerator in use")["value"].as_str().unwrap().starts_with("tcg: "), "{asked}");
+    assert!(find(&asked, "debian archive")["set_by"].is_null(), "{asked}");
+    let table = lab.run(&["config", "show"]).good().stdout;
+    assert!(table.contains("server, by BURGEON_LOG") && table.contains("server, by default"), "{table}");
 }

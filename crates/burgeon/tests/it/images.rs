@@ -27,6 +27,26 @@ fn debian_runs_its_own_init_beside_the_agent() {
     assert!(view["reason"].as_str().unwrap().contains("powered off"), "{view}");
 }
 
+#[test]
+fn ssh_logs_in_through_the_agent_and_passes_on_the_code() {
+    let lab = Lab::new(&["debian-minimal"]);
+    // No network, and no server that listens in the guest.
+    lab.vm("debian-minimal", "deb", "worker");
+    fs::create_dir(lab.path(".ssh")).unwrap();
+    let ssh = |words: &[&str]| {
+        let child = lab.command(&[&["vm", "ssh", "deb", "--"], words].concat()).env("HOME", lab.path("")).spawn();
+        crate::lab::finish(child.unwrap())
+    };
+    let keyless = ssh(&["true"]);
+    assert!(keyless.code == 1 && keyless.stderr.contains("ssh-keygen -t ed25519"), "{keyless:?}");
+    let key = lab.path(".ssh/id_ed25519");
+    let made = Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key).status().unwrap();
+    assert!(made.success());
+    assert_eq!(ssh(&["echo", "hello"]).good().stdout, "hello\n");
+    assert_eq!(ssh(&["exit", "7"]).code, 7);
+    assert_eq!(ssh(&["id", "-un;", "uname", "-n"]).good().stdout, "root\ndeb\n");
+}
+
 /// A boot sector that prints a line on the first serial port and halts: somebody else's system.
 fn foreign_disk() -> Vec<u8> {
     let mut sector = vec![
@@ -58,9 +78,18 @@ fn foreign_images_boot_with_a_console_a_seed_and_no_agent() {
     let qcow = lab.path("foreign.qcow2");
     let status = Command::new("qemu-img").args(["convert", "-O", "qcow2"]).arg(&raw).arg(&qcow).status().unwrap();
     assert!(status.success());
+    let too_large = lab.run(&["image", "import", "--max-size", "512K", raw.to_str().unwrap(), "too-large"]);
+    assert!(too_large.code == 1 && too_large.stderr.contains("512 KiB"), "{too_large:?}");
+    const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8g me@desk";
+    lab.file("key.pub", &format!("{KEY}\n"));
+    lab.file("two.pub", &format!("{KEY}\n{KEY}\n"));
     for (file, name) in [(&raw, "from-raw"), (&qcow, "from-qcow")] {
         lab.run(&["image", "import", file.to_str().unwrap(), name]).good();
-        lab.vm(name, name, "default");
+        let create = ["vm", "create", name, "--name", name];
+        let login: &[&str] = if name == "from-raw" { &[] } else { &["--ssh-key", "key.pub", "--user", "me"] };
+        let made = lab.run(&[&create[..], login].concat()).good();
+        assert!(made.stderr.contains("burgeon vm console from-"), "{made:?}");
+        assert_eq!(made.stderr.contains("the seed names no user"), login.is_empty(), "{made:?}");
         until("its words are on the console", || {
             lab.run(&["logs", name]).good().stdout.contains("a foreign system is up")
         });
@@ -72,7 +101,20 @@ fn foreign_images_boot_with_a_console_a_seed_and_no_agent() {
     }
     let seed =
         fs::read_dir(lab.data().join("vms")).unwrap().flatten().map(|entry| entry.path().join("q/seed/meta-data"));
-    assert!(seed.into_iter().all(|file| fs::read_to_string(file).unwrap().contains("local-hostname: from-")));
+    for meta in seed {
+        let text = fs::read_to_string(&meta).unwrap();
+        assert!(text.contains("local-hostname: from-"), "{text}");
+        let user = fs::read_to_string(meta.with_file_name("user-data")).unwrap();
+        assert_eq!(user.contains(KEY) && user.contains("name: \"me\""), text.contains("from-qcow"), "{user}");
+    }
+    for (words, told) in [
+        (&["--ssh-key", "two.pub", "--user", "me"][..], "two.pub: the key holds more than one line"),
+        (&["--ssh-key", "key.pub", "--user", "me:x"], "\"me:x\" is no name of a user"),
+        (&["--ssh-key", "missing.pub"], "missing.pub"),
+    ] {
+        let refused = lab.run(&[&["vm", "create", "from-raw"], words].concat());
+        assert!(refused.code == 1 && refused.stderr.contains(told), "{refused:?}");
+    }
     lab.run(&["image", "rm", "from-raw"]).good();
     assert_eq!(lab.run(&["image", "ls", "-q"]).good().stdout, "from-qcow\n");
     lab.run(&["vm", "rm", "from-raw", "from-qcow"]).good();

@@ -5,7 +5,7 @@ use std::{
     process::Stdio,
 };
 
-use crate::lab::{Lab, finish, is_running, kill, until};
+use crate::lab::{Lab, finish, is_running, kill, send, until};
 
 #[test]
 fn a_killed_control_process_stops_no_command_and_loses_no_byte() {
@@ -71,4 +71,38 @@ fn a_killed_vm_is_told_with_its_reason() {
         kill(lab.pid(kind), "KILL");
     }
     assert_eq!(lab.json(&["vm", "show", "victim"])["state"], "failed");
+}
+
+#[test]
+fn an_interrupt_while_the_server_is_away_ends_the_command_at_once() {
+    let lab = Lab::new(&["tiny"]);
+    lab.vm("tiny", "one", "tiny");
+    let mut exec = lab
+        .command(&["exec", "one", "--", "/bin/busybox", "sh", "-c", "echo begun; sleep 600"])
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut begun = [0; 6];
+    exec.stdout.as_mut().unwrap().read_exact(&mut begun).unwrap();
+    lab.file("in/file", "text");
+    let pipeline = lab.file(
+        "slow.toml",
+        "format = 1\nname = \"slow\"\nimage = \"tiny\"\n[[step]]\nname = \"a\"\ncommand = [\"sleep\", \"600\"]\noutcome = \"o\"\n",
+    );
+    let run = lab.command(&["run", pipeline.to_str().unwrap(), "--input", "in"]).spawn().unwrap();
+    until("the run is led", || lab.json(&["pipeline", "ls"])[0]["state"] == "running");
+    // Its keeper cannot start it again, and a command's own server is refused by the keeper's lock.
+    kill(lab.pid("serve"), "STOP");
+    kill(lab.pid("control"), "KILL");
+    for (child, told) in [(exec, "what the command did is not known"), (run, "pipeline cancel")] {
+        let id = child.id();
+        let waiting = std::thread::spawn(move || finish(child));
+        // Until it has met the loss, an interrupt is for the guest; one after that must do.
+        until("the command ends", || {
+            // It may just have ended.
+            send(id, "INT").is_err() || waiting.is_finished()
+        });
+        let done = waiting.join().unwrap();
+        assert!(done.code == 130 && done.stderr.contains(told), "{done:?}");
+    }
 }

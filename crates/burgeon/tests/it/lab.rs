@@ -161,10 +161,11 @@ pub(crate) fn kill(pid: u32, signal: &str) {
     send(pid, signal).unwrap_or_else(|error| panic!("kill -{signal} {pid}: {error}"));
 }
 
-fn send(pid: u32, signal: &str) -> rustix::io::Result<()> {
+pub(crate) fn send(pid: u32, signal: &str) -> rustix::io::Result<()> {
     let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
     let signal = match signal {
         "INT" => rustix::process::Signal::INT,
+        "STOP" => rustix::process::Signal::STOP,
         _ => rustix::process::Signal::KILL,
     };
     rustix::process::kill_process(pid, signal)

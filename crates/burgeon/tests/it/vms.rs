@@ -90,6 +90,45 @@ fn a_vm_from_creation_to_removal() {
 }
 
 #[test]
+fn a_stopped_vm_starts_again_with_its_disk_and_only_when_asked() {
+    let lab = Lab::new(&["debian-minimal"]);
+    let vm = lab.vm("debian-minimal", "one", "worker");
+    let run = |script: &str| lab.run(&["exec", "one", "--", "/bin/sh", "-c", script]);
+    run("echo kept >/root/note && sync").good();
+    let told = lab.run(&["vm", "start", "one"]).good();
+    assert!(told.stderr.contains("VM one runs already"), "{told:?}");
+    assert_eq!(lab.json(&["vm", "show", "one"])["version"], vm["version"], "nothing was changed");
+
+    // The disk does not depend on the image any more.
+    lab.run(&["vm", "stop", "one"]).good();
+    lab.run(&["image", "rm", "debian-minimal"]).good();
+    lab.run(&["vm", "start", "one"]).good();
+    assert_eq!(run("cat /root/note; uname -n").good().stdout, "kept\none\n");
+    let view = lab.json(&["vm", "show", "one"]);
+    assert_eq!((&view["id"], &view["starts"], &view["state"]), (&vm["id"], &1.into(), &"running".into()), "{view}");
+
+    // The guest powers off by itself: it stays off through new processes, until it is asked for again.
+    run("echo o >/proc/sysrq-trigger; sleep 60");
+    until("its end is seen", || lab.json(&["vm", "ls"])[0]["state"] == "stopped");
+    for kind in ["serve", "control", "host"] {
+        crate::lab::kill(lab.pid(kind), "KILL");
+    }
+    assert_eq!(lab.json(&["vm", "show", "one"])["state"], "stopped");
+    lab.run(&["vm", "start", "one"]).good();
+    assert_eq!(run("cat /root/note").good().stdout, "kept\n");
+
+    // What failed is not started.
+    crate::lab::kill(lab.pid_of_vm("one"), "KILL");
+    until("its end is seen", || lab.json(&["vm", "show", "one"])["state"] == "failed");
+    let refused = lab.run(&["vm", "start", "one"]);
+    assert!(refused.code == 1 && refused.stderr.contains("VM one has failed"), "{refused:?}");
+    assert!(refused.stderr.contains("hint: remove it") && refused.stderr.contains("burgeon vm rm one"), "{refused:?}");
+    lab.run(&["vm", "rm", "one"]).good();
+    let gone = lab.run(&["vm", "start", "one"]);
+    assert!(gone.code == 1 && gone.stderr.contains("there is no VM \"one\""), "{gone:?}");
+}
+
+#[test]
 fn a_flood_in_one_stream_starves_nobody() {
     let lab = Lab::new(&["tiny"]);
     lab.vm("tiny", "noisy", "tiny");

@@ -13,8 +13,10 @@ pub(super) fn add(routes: &mut Routes) {
 }
 
 async fn show(State(state): State<Shared>) -> Answer<Json<ServerView>> {
+    let mut all = state.settings.clone();
     let (host_pid, accelerator, accelerator_reason) = match state.host.hello().await {
-        Ok(Reply::Hello { pid, accelerator, accelerator_reason, .. }) => {
+        Ok(Reply::Hello { pid, accelerator, accelerator_reason, settings, .. }) => {
+            all.extend(settings);
             (Some(pid), Some(accelerator), accelerator_reason)
         }
         Ok(_) => (None, None, "the host process gave a strange answer".to_string()),
@@ -27,6 +29,7 @@ async fn show(State(state): State<Shared>) -> Answer<Json<ServerView>> {
         accelerator,
         accelerator_reason,
         data_directory: state.layout.data.display().to_string(),
+        settings: all,
     }))
 }
 

@@ -9,12 +9,12 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use burgeon_api::{
-    Error, Result,
+    Error, ErrorKind, Result,
     http::{CreateVm, StopVm},
     vm::{Figures, Intent, Observed, VmView},
 };
 use burgeon_host::stop_mode;
-use burgeon_plan::vm::is_over;
+use burgeon_plan::vm::{Start, is_over};
 use burgeon_store::meta::VmRow;
 use serde::Deserialize;
 use tokio::time::timeout;
@@ -37,7 +37,18 @@ pub(super) fn add(routes: &mut Routes) {
         .query(&[("for", "`running` (or ended; the default) or `ended`")])
         .gives(one.clone());
     routes.add("delete", "/v1/vms/{vm}", "End the VM and remove all of it; honours If-Match", remove);
-    routes.add("post", "/v1/vms/{vm}/stop", "Ask the guest to power off, or end it", stop).takes(stop_body).gives(one);
+    routes
+        .add("post", "/v1/vms/{vm}/stop", "Ask the guest to power off, or end it", stop)
+        .takes(stop_body)
+        .gives(one.clone());
+    routes
+        .add(
+            "post",
+            "/v1/vms/{vm}/start",
+            "Start a VM that has stopped, with its disk; one that runs stays as it is",
+            start,
+        )
+        .gives(one);
     routes.add("post", "/v1/vms/{vm}/freeze", "Freeze the guest's workload", freeze);
     routes.add("post", "/v1/vms/{vm}/thaw", "Thaw the guest's workload", thaw);
     routes.add("get", "/v1/vms/{vm}/figures", "Load and memory, as the guest reads them", figures).gives(figure);
@@ -45,8 +56,7 @@ pub(super) fn add(routes: &mut Routes) {
 }
 
 async fn list(State(state): State<Shared>) -> Answer<Json<Vec<VmView>>> {
-    let rows = state.meta.vms().await?;
-    Ok(Json(rows.into_iter().map(|row| state.view(row)).collect()))
+    Ok(Json(state.views().await?))
 }
 
 async fn make(State(state): State<Shared>, Json(request): Json<CreateVm>) -> Answer<Json<VmView>> {
@@ -65,6 +75,7 @@ async fn make(State(state): State<Shared>, Json(request): Json<CreateVm>) -> Ans
         pipeline: None,
         version: 1,
         created_s: now_s(),
+        starts: 0,
     };
     let row = state.create_vm(row).await?;
     Ok(Json(state.view(row)))
@@ -114,13 +125,16 @@ fn expected(headers: &HeaderMap) -> Result<Option<u64>> {
 }
 
 async fn remove(State(state): State<Shared>, Path(vm): Path<String>, headers: HeaderMap) -> Answer<()> {
-    let row = state.meta.vm(&vm).await?;
+    let row = match state.meta.vm(&vm).await {
+        Err(error) if error.kind == ErrorKind::Damaged => return Ok(remove_damaged(&state, &vm).await?),
+        row => row?,
+    };
     state.intend(row.id, Intent::Removed, expected(&headers)?).await?;
     let vanished = async {
         loop {
             let looks = state.seen.borrow().looks;
             match state.meta.vm(&row.id.to_string()).await {
-                Err(error) if error.kind == burgeon_api::ErrorKind::NotFound => return Ok(()),
+                Err(error) if error.kind == ErrorKind::NotFound => return Ok(()),
                 Err(error) => return Err(error),
                 Ok(_) => {}
             }
@@ -130,6 +144,20 @@ async fn remove(State(state): State<Shared>, Path(vm): Path<String>, headers: He
     timeout(LONGEST_WAIT, vanished)
         .await
         .map_err(|_| Error::deadline(format!("VM {} is still being removed", row.name)))??;
+    Ok(())
+}
+
+/// The reconcile loop leaves a VM alone whose row does not read; its user need not.
+async fn remove_damaged(state: &Shared, vm: &str) -> Result<()> {
+    let (_, damaged) = state.meta.all_vms().await?;
+    for row in damaged.into_iter().filter(|row| row.id == vm || row.name == vm) {
+        if let Ok(id) = row.id.parse() {
+            state.host.remove(id).await?;
+        }
+        tracing::warn!(id = %row.id, name = %row.name, "removed on request, with its damaged row");
+        state.meta.forget_damaged_vm(row.id).await?;
+    }
+    state.kick.notify_one();
     Ok(())
 }
 
@@ -150,6 +178,24 @@ async fn stop(
     });
     timeout(Duration::from_secs(10), ended).await.map_err(|_| Error::deadline("the VM has not ended"))??;
     Ok(Json(state.view(state.meta.vm(&id.to_string()).await?)))
+}
+
+async fn start(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<Json<VmView>> {
+    loop {
+        let row = state.meta.vm(&vm).await?;
+        let view = state.view(row.clone());
+        let row = match burgeon_plan::vm::start(&view.name, view.intent, &view.observed, row.launched)? {
+            Start::Nothing => return Ok(Json(view)),
+            Start::First => state.intend(row.id, Intent::Running, None).await?,
+            Start::Again => match state.meta.start_again(row).await {
+                // Somebody else was quicker: what they did decides.
+                Err(error) if error.kind == ErrorKind::Conflict => continue,
+                outcome => outcome?,
+            },
+        };
+        state.kick.notify_one();
+        return Ok(Json(state.view(row)));
+    }
 }
 
 async fn freeze(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<()> {

@@ -18,7 +18,7 @@ use burgeon_api::{
     http::RunPipeline,
     pipeline::{PipelineView, RunState, StepView, Times},
 };
-use burgeon_store::meta::PipelineRow;
+use burgeon_store::meta::{Damaged, PipelineRow};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -131,7 +131,11 @@ pub(crate) async fn start(state: &Shared, request: RunPipeline) -> Result<Pipeli
 /// # Errors
 /// Meta's.
 pub(crate) async fn resume(state: &Shared) -> Result<()> {
-    for row in state.meta.pipelines().await? {
+    let (rows, damaged) = state.meta.pipelines().await?;
+    for row in damaged {
+        tracing::error!(run = %row.id, name = %row.name, reason = %row.reason, "a run's row does not read; nobody leads it, and its VMs stay");
+    }
+    for row in rows {
         if !row.view.state.is_over() {
             tracing::info!(run = %row.view.id, name = %row.view.name, "resumed");
             lead(state, row);
@@ -177,9 +181,28 @@ pub(crate) async fn find(state: &Shared, id: PipelineId) -> Result<Option<Pipeli
 /// # Errors
 /// Meta's.
 pub(crate) async fn all(state: &Shared) -> Result<Vec<PipelineView>> {
-    let rows = state.meta.pipelines().await?;
-    Ok(rows
-        .into_iter()
-        .map(|row| state.pipelines.watch(row.view.id).map_or(row.view, |view| view.borrow().clone()))
-        .collect())
+    let (rows, damaged) = state.meta.pipelines().await?;
+    let good =
+        rows.into_iter().map(|row| state.pipelines.watch(row.view.id).map_or(row.view, |view| view.borrow().clone()));
+    Ok(good.chain(damaged.into_iter().map(damaged_view)).collect())
+}
+
+/// A run whose row does not read is over: nobody can lead it.
+fn damaged_view(row: Damaged) -> PipelineView {
+    let reason = format!("the run's row, id {}, does not read: {}", row.id, row.reason);
+    PipelineView {
+        id: row.id.parse().unwrap_or(PipelineId::NONE),
+        name: row.name,
+        state: RunState::Failed,
+        error: Some(Error::damaged(reason)),
+        input: String::new(),
+        output: String::new(),
+        steps: Vec::new(),
+        files: 0,
+        listed: false,
+        skipped: 0,
+        outcomes: std::collections::BTreeMap::new(),
+        times: Times::default(),
+        created_s: 0,
+    }
 }

@@ -522,6 +522,7 @@ impl VmStart {
             pipeline: Some(self.run),
             version: 1,
             created_s: now_s(),
+            starts: 0,
         };
         let id = match self.state.meta.vm(&self.name).await {
             Ok(left) if left.pipeline == Some(self.run) && left.intent == Intent::Running => left.id,

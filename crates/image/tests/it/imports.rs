@@ -3,7 +3,7 @@
 use std::{fs, path::Path};
 
 use burgeon_api::{
-    ErrorKind, Result,
+    ByteSize, ErrorKind, Result,
     image::{Boot, Image},
 };
 use burgeon_image::{ImportRequest, import};
@@ -17,6 +17,7 @@ fn request(file: &Path, root: &Path) -> ImportRequest {
         description: String::new(),
         kernel_of: None,
         size: None,
+        max_size: ByteSize::gib(256),
         data: data(root),
         now_s: 5,
     }
@@ -62,6 +63,69 @@ fn disks_that_lead_to_other_files_are_refused() {
         assert_eq!(error.kind, ErrorKind::Refused, "{error}");
     }
     assert!(is_empty(&root.path().join("tmp")) && is_empty(&root.path().join("images")));
+}
+
+#[test]
+fn what_becomes_too_large_is_refused_with_both_numbers_and_leaves_nothing() {
+    let root = tempfile::tempdir().unwrap();
+    let raw = root.path().join("raw");
+    fs::write(&raw, [&[0; 510][..], b"\x55\xaa"].concat()).unwrap();
+    fs::File::options().write(true).open(&raw).unwrap().set_len(300 << 30).unwrap();
+    let qcow2 = root.path().join("qcow2");
+    output("qemu-img", &["create", "-q", "-f", "qcow2", qcow2.to_str().unwrap(), "300G"]);
+    for file in [&raw, &qcow2] {
+        let error = imported(&request(file, root.path())).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Refused, "{error}");
+        assert!(error.message.contains("300 GiB") && error.message.contains("256 GiB"), "{error}");
+        assert!(error.hint.unwrap().contains("--max-size 300G"));
+    }
+    // A sparse disk takes no space, whatever a guest sees.
+    let small = root.path().join("small");
+    output("qemu-img", &["create", "-q", "-f", "qcow2", small.to_str().unwrap(), "64M"]);
+    let mut exact = request(&small, root.path());
+    exact.max_size = ByteSize::mib(64);
+    assert_eq!(imported(&exact).unwrap().disk, Some(ByteSize::mib(64)));
+    exact.max_size = ByteSize::mib(63);
+    assert!(imported(&exact).unwrap_err().message.contains("63.0 MiB"));
+
+    // Archives: one file that says its size, many small ones, and zeros behind the end.
+    built(&copied("tiny", root.path(), ""), &Nothing).unwrap();
+    let tree = root.path().join("tree");
+    fs::create_dir_all(tree.join("sbin")).unwrap();
+    fs::write(tree.join("sbin/init"), "#!/bin/sh\n").unwrap();
+    let pack = |name: &str| {
+        let packed = root.path().join(name);
+        let words = format!("tar -C {} -c . | zstd -q >{}", tree.display(), packed.display());
+        output("sh", &["-c", &words]);
+        packed
+    };
+    fs::File::create(tree.join("large")).unwrap().set_len(40 << 20).unwrap();
+    let one = pack("one.tar.zst");
+    fs::remove_file(tree.join("large")).unwrap();
+    for number in 0..40 {
+        fs::File::create(tree.join(format!("part-{number}"))).unwrap().set_len(1 << 20).unwrap();
+    }
+    let many = pack("many.tar.zst");
+    for number in 0..40 {
+        fs::remove_file(tree.join(format!("part-{number}"))).unwrap();
+    }
+    let tail = root.path().join("tail.tar.zst");
+    let words =
+        format!("{{ tar -C {} -c .; head -c 60000000 /dev/zero; }} | zstd -q >{}", tree.display(), tail.display());
+    output("sh", &["-c", &words]);
+    for file in [&one, &many, &tail] {
+        let mut limited = request(file, root.path());
+        limited.name = "inflated".into();
+        limited.max_size = ByteSize::mib(32);
+        let error = imported(&limited).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Refused, "{error}");
+        assert!(error.message.contains("32.0 MiB") && error.hint.unwrap().contains("--max-size"));
+        assert!(!root.path().join("images/inflated").exists());
+        limited.max_size = ByteSize::mib(256);
+        imported(&limited).unwrap();
+        fs::remove_dir_all(root.path().join("images/inflated")).unwrap();
+    }
+    assert!(is_empty(&root.path().join("tmp")));
 }
 
 #[test]

@@ -26,6 +26,8 @@ pub const MOST_WINDOW: u32 = 1024;
 pub const MOST_ATTEMPTS: u32 = 20;
 /// Payload of one item: it is held in memory while it is passed on.
 pub const MOST_PAYLOAD: ByteSize = ByteSize::gib(1);
+/// What a run may hold of payloads at the least.
+pub(super) const LEAST_BUDGET: ByteSize = ByteSize::mib(1);
 /// Time for one item.
 pub const MOST_TIME: TimeSpan = TimeSpan(Duration::from_secs(30 * 86_400));
 
@@ -53,6 +55,10 @@ pub fn compile(spec: &PipelineSpec, document: &Document) -> Result<Graph> {
         return Err(document.error_at(&["format".into()], message));
     }
     name::check("pipeline", &spec.name).map_err(|error| document.locate(&["name".into()], error))?;
+    if spec.payload_budget < LEAST_BUDGET {
+        let message = format!("payload_budget {:#} is less than {LEAST_BUDGET:#}", spec.payload_budget);
+        return Err(document.error_at(&["payload_budget".into()], message));
+    }
     if spec.steps.is_empty() || spec.steps.len() > MOST_STEPS {
         let message = format!("a pipeline has 1 to {MOST_STEPS} steps, not {}", spec.steps.len());
         return Err(document.error_at(&["step".into()], message));

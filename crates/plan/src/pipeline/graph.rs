@@ -17,6 +17,8 @@ pub struct Graph {
     pub steps: Vec<Step>,
     /// The step that gets the input files.
     pub first: usize,
+    /// Bytes of payloads in memory before no more files are read.
+    pub payload_budget: u64,
     /// For each step, the steps right before it, as bits.
     pub(super) before: Vec<u64>,
     /// For each step, itself and every step that leads to it, as bits.
@@ -90,7 +92,14 @@ impl Graph {
                 above[next] |= above[index];
             }
         }
-        Self { name: spec.name.clone(), steps, first: order.first().copied().unwrap_or(0), before, above }
+        Self {
+            name: spec.name.clone(),
+            steps,
+            first: order.first().copied().unwrap_or(0),
+            payload_budget: spec.payload_budget.bytes(),
+            before,
+            above,
+        }
     }
 
     pub fn first_step(&self) -> &Step {

@@ -32,6 +32,9 @@
 //!   becomes a suspect; its neighbours go back without charge or suspicion.
 //! - **Back-pressure.** A step whose queue holds four times what its VMs take at once stops dispatch
 //!   at the steps before it. Nothing that a step waits for lies behind it, so this cannot lock up.
+//! - **Budget of bytes.** An item weighs its file's size while a VM of the first step has it, and its payload's between
+//!   and in the steps behind. While all weigh more than the pipeline's budget, the first step gets no item: its file
+//!   is not read. Steps behind go on, so the weight falls. What is larger than the budget goes when nothing else weighs.
 //! - **Broken steps.** VMs that fail to start, or are lost idle, 3 times the step's VMs + 3 times without
 //!   a result between them, fail the run. So do VMs lost with items, 4 times `attempts` more than
 //!   that, before a step gave its first result: its command is broken, not its files. From the second
@@ -42,6 +45,7 @@
 //!   number, tells it finished items as [`Event::Restored`], and removes the VMs of earlier lives.
 //!   VM names carry the life, so a late result of an old VM is refused as any stranger's is.
 
+mod budget;
 mod compile;
 mod event;
 mod graph;

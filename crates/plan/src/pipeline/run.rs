@@ -14,6 +14,7 @@ use burgeon_api::{
 };
 
 use super::{
+    budget::Budget,
     event::{Action, Event, ItemResult, Refusal, StepVm},
     graph::{FAILED, Graph, Next},
     step::StepState,
@@ -23,6 +24,10 @@ use super::{
 #[derive(Debug)]
 struct Item {
     step: usize,
+    /// Bytes of its file.
+    size: u64,
+    /// Bytes that are in memory for it.
+    weight: u64,
     /// Attempt number of the last dispatch at this step; 0 before the first.
     attempt: u32,
     /// Tries charged at this step.
@@ -58,6 +63,7 @@ pub struct Run {
     files: u64,
     outcomes: BTreeMap<String, u64>,
     refused_results: u64,
+    budget: Budget,
     steps: Vec<StepState>,
     /// Sets of steps: with items; with fewer VMs than they may have; without a future; to be looked at for dispatch.
     occupied: u64,
@@ -80,6 +86,7 @@ impl Run {
         let steps: Vec<StepState> =
             graph.steps.iter().map(|step| StepState::new(&step.name, step.vms, step.window)).collect();
         Self {
+            budget: Budget::new(graph.payload_budget),
             lacking: (0..steps.len()).fold(0, |set, step| set | 1 << step),
             graph,
             short: short.into(),
@@ -170,6 +177,8 @@ impl Run {
         }
         let new = Item {
             step: self.graph.first,
+            size,
+            weight: 0,
             attempt: 0,
             charged: 0,
             most_attempt: 0,
@@ -189,6 +198,15 @@ impl Run {
         self.steps[step].queue(id);
         self.occupied |= 1 << step;
         self.dirty |= 1 << step;
+    }
+
+    /// Takes down what is in memory for an item. Less of it may make room for files.
+    fn weigh(&mut self, id: u64, weight: u64) {
+        let Some(item) = self.items.get_mut(&id) else { return };
+        let before = std::mem::replace(&mut item.weight, weight);
+        if self.budget.change(before, weight) {
+            self.dirty |= 1 << self.graph.first;
+        }
     }
 
     fn left(&mut self, step: usize) {
@@ -213,12 +231,15 @@ impl Run {
         let (step, attempt) = (item.step, item.attempt);
         let most = self.graph.steps[step].attempts;
         item.at = None;
+        // A file is read anew for the next try; a payload is kept.
+        let weight = if step == self.graph.first { 0 } else { item.weight };
         item.charged += u32::from(charged);
         if item.charged >= most {
             let reason = format!("{reason}; tried {most} {}", if most == 1 { "time" } else { "times" });
             self.finish(id, None, Some(reason), actions);
             return;
         }
+        self.weigh(id, weight);
         self.steps[step].queue_again(id, suspect);
         self.occupied |= 1 << step;
         self.dirty |= 1 << step;
@@ -227,6 +248,7 @@ impl Run {
 
     /// Finishes an item that is in no queue and no VM; without an outcome it failed.
     fn finish(&mut self, id: u64, outcome: Option<String>, reason: Option<String>, actions: &mut Vec<Action>) {
+        self.weigh(id, 0);
         let Some(item) = self.items.remove(&id) else { return };
         let counts = &mut self.steps[item.step].counts;
         if outcome.is_some() {
@@ -330,6 +352,7 @@ impl Run {
                 item.attempt = 0;
                 item.charged = 0;
                 self.steps[vm.step].counts.done += 1;
+                self.weigh(id, result.size);
                 self.enter(id, next);
                 self.left(vm.step);
             }
@@ -375,7 +398,9 @@ impl Run {
 
     fn dispatch(&mut self, step: usize, actions: &mut Vec<Action>) {
         while !self.graph.steps[step].next.steps().any(|next| self.steps[next].is_full()) {
-            let Some(given) = self.steps[step].give(self.now_ms) else { break };
+            let (items, budget, reads) = (&self.items, &self.budget, step == self.graph.first);
+            let fits = |id: u64| !reads || items.get(&id).is_none_or(|item| budget.fits(item.size));
+            let Some(given) = self.steps[step].give(self.now_ms, fits) else { break };
             if given.made_room {
                 self.dirty |= self.graph.before[step];
             }
@@ -384,7 +409,11 @@ impl Run {
             item.attempt += 1;
             item.most_attempt = item.most_attempt.max(item.attempt);
             item.at = Some(Place { slot: given.slot, flight: given.flight, since_ms: self.now_ms });
-            actions.push(Action::Dispatch { vm, item: given.item, step, attempt: item.attempt });
+            let (attempt, size) = (item.attempt, item.size);
+            if reads {
+                self.weigh(given.item, size);
+            }
+            actions.push(Action::Dispatch { vm, item: given.item, step, attempt });
         }
     }
 

@@ -134,10 +134,11 @@ impl StepState {
             .map(|(index, _)| index)
     }
 
-    /// Takes the next item that some VM has room for, and gives it to that VM.
-    pub(super) fn give(&mut self, now_ms: u64) -> Option<Given> {
+    /// Takes the next item that some VM has room for, and gives it to that VM. One that does not fit holds up
+    /// those behind it: they would keep it waiting for ever.
+    pub(super) fn give(&mut self, now_ms: u64, fits: impl Fn(u64) -> bool) -> Option<Given> {
         let was_full = self.is_full();
-        let (slot, item) = self.choose()?;
+        let (slot, item) = self.choose(fits)?;
         self.flights += 1;
         let chosen = &mut self.slots[slot];
         if chosen.flights.is_empty() {
@@ -148,8 +149,11 @@ impl StepState {
         Some(Given { slot, flight: self.flights, item, made_room: was_full && !self.is_full() })
     }
 
-    fn choose(&mut self) -> Option<(usize, u64)> {
+    fn choose(&mut self, fits: impl Fn(u64) -> bool) -> Option<(usize, u64)> {
         if let Some(&suspect) = self.suspects.front() {
+            if !fits(suspect) {
+                return None;
+            }
             if let Some(slot) = self.least_loaded(|_, slot| slot.flights.is_empty()) {
                 self.suspects.pop_front();
                 self.slots[slot].alone = true;
@@ -165,6 +169,9 @@ impl StepState {
             self.reserved = None;
         }
         let item = *self.waiting.front()?;
+        if !fits(item) {
+            return None;
+        }
         let (reserved, window) = (self.reserved, self.window);
         let slot =
             self.least_loaded(|index, slot| !slot.alone && Some(index) != reserved && slot.flights.len() < window)?;

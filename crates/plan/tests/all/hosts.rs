@@ -1,13 +1,13 @@
 //! VMs of the host: a table of cases, and that decisions converge.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use burgeon_api::{
     VmId,
     image::Boot,
     vm::{Accelerator, HostVm, Intent, Observed},
 };
-use burgeon_plan::vm::{Action, HostSeen, LOST, Wanted, decide, observed};
+use burgeon_plan::vm::{Action, HostSeen, LOST, Others, Start, Turn, Wanted, decide, observed, start, turn};
 use proptest::prelude::*;
 
 fn id(number: u8) -> VmId {
@@ -28,6 +28,7 @@ fn host_vm(number: u8, observed: Observed) -> HostVm {
         resident: None,
         cpu_milliseconds: None,
         adoptions: 0,
+        starts: 0,
     }
 }
 
@@ -48,6 +49,7 @@ fn kind(action: &Action) -> &'static str {
         Action::Remove { .. } => "remove",
         Action::RemoveOrphan { .. } => "remove orphan",
         Action::Launch { .. } => "launch",
+        Action::Start { .. } => "start",
         Action::ReportLost { .. } => "report lost",
         Action::Forget { .. } => "forget",
     }
@@ -86,25 +88,37 @@ fn each_case_has_its_action() {
         (Removed, true, false, unknown, "remove"),
         (Removed, false, false, failed, "remove"),
     ] {
-        let row = Wanted { id: id(1), intent, launched_before, ended };
+        let row = Wanted { id: id(1), intent, launched_before, ended, starts: 0 };
         let seen = HostSeen::Reachable(on_host.into_iter().map(|observed| host_vm(1, observed)).collect());
-        let actions = decide(std::slice::from_ref(&row), &BTreeSet::new(), &seen);
+        let actions = decide(std::slice::from_ref(&row), &Others::default(), &seen);
         let told: Vec<&str> = actions.iter().map(kind).collect();
         assert_eq!(told.join(" "), expected, "{row:?} {seen:?}");
         let silent = HostSeen::Unreachable { reason: "refused".into() };
-        assert_eq!(decide(&[row], &BTreeSet::new(), &silent), []);
+        assert_eq!(decide(&[row], &Others::default(), &silent), []);
     }
 }
 
 #[test]
 fn orphans_go_and_vms_being_created_stay() {
     let seen = HostSeen::Reachable(vec![host_vm(1, Observed::Running), host_vm(2, Observed::Running)]);
-    assert_eq!(decide(&[], &[id(2)].into(), &seen), [Action::RemoveOrphan { id: id(1) }]);
+    let others = Others { ids: [id(2)].into(), nameless: false };
+    assert_eq!(decide(&[], &others, &seen), [Action::RemoveOrphan { id: id(1) }]);
+    // Any of them may be the VM of a row whose id does not read.
+    assert_eq!(decide(&[], &Others { nameless: true, ..others }, &seen), []);
+}
+
+#[test]
+fn a_removal_does_not_wait_for_a_guest_that_stops() {
+    let (stop, remove) = (Action::Stop { id: id(1) }, Action::Remove { id: id(1) });
+    assert_eq!(turn(&stop, &remove), Turn::Replace);
+    assert_eq!(turn(&remove, &stop), Turn::Wait);
+    assert_eq!(turn(&remove, &remove), Turn::Wait);
+    assert_eq!(turn(&Action::Launch { id: id(1) }, &remove), Turn::Wait);
 }
 
 #[test]
 fn clients_are_told_what_is_known() {
-    let row = |launched_before| Wanted { id: id(1), intent: Intent::Running, launched_before, ended: false };
+    let row = |launched_before| Wanted { id: id(1), intent: Intent::Running, launched_before, ended: false, starts: 0 };
     let away = HostSeen::Unreachable { reason: "refused".into() };
     let empty = HostSeen::Reachable(Vec::new());
     let end = Observed::Stopped { reason: "done".into() };
@@ -117,6 +131,73 @@ fn clients_are_told_what_is_known() {
     assert_eq!(observed(&row(true), Some(&end), &empty), end);
     let here = HostSeen::Reachable(vec![host_vm(1, Observed::Running)]);
     assert_eq!(observed(&row(true), None, &here), Observed::Running);
+    let again = Wanted { starts: 1, ..row(true) };
+    let stopped = HostSeen::Reachable(vec![host_vm(1, end)]);
+    assert_eq!(observed(&again, None, &stopped), Observed::Pending, "what the host says is about the time before");
+}
+
+#[test]
+fn a_stopped_vm_starts_once_for_each_time_it_was_asked() {
+    let row = |intent, starts| Wanted { id: id(1), intent, launched_before: true, ended: false, starts };
+    let on_host = |observed, starts| HostSeen::Reachable(vec![HostVm { starts, ..host_vm(1, observed) }]);
+    let (running, stopped, failed) = (state(2), state(3), state(4));
+    let start = |starts| Some(Action::Start { id: id(1), starts });
+    use Intent::{Removed, Running, Stopped};
+    for (intent, wanted, observed, begun, expected) in [
+        (Running, 1, stopped.clone(), 0, start(1)),
+        (Running, 3, stopped.clone(), 1, start(3)),
+        // Begun, and ended since: by itself it stays as it is.
+        (Running, 1, stopped.clone(), 1, None),
+        (Running, 1, failed.clone(), 1, None),
+        (Running, 1, running.clone(), 1, None),
+        // What failed is not started, and what runs need not be.
+        (Running, 1, failed, 0, None),
+        (Running, 1, running, 0, None),
+        // Whoever changed their mind since is obeyed.
+        (Stopped, 1, stopped.clone(), 0, None),
+        (Removed, 1, stopped.clone(), 0, Some(Action::Remove { id: id(1) })),
+    ] {
+        let actions = decide(&[row(intent, wanted)], &Others::default(), &on_host(observed.clone(), begun));
+        assert_eq!(actions.first(), expected.as_ref(), "{intent:?} {wanted} {observed:?} {begun}");
+    }
+    // Its directory is gone, and its disk with it: nothing is started from a blank one.
+    let lost = decide(&[row(Running, 1)], &Others::default(), &HostSeen::Reachable(Vec::new()));
+    assert_eq!(lost, [Action::ReportLost { id: id(1), reason: LOST.into() }]);
+}
+
+#[test]
+fn a_start_is_granted_or_refused_by_name() {
+    use Intent::{Removed, Running, Stopped};
+    let (pending, starting, running) = (state(0), state(1), state(2));
+    let (stopped, failed, unknown) = (state(3), state(4), state(5));
+    for (intent, observed, launched_before, expected) in [
+        (Running, &pending, false, Ok(Start::Nothing)),
+        (Running, &starting, true, Ok(Start::Nothing)),
+        (Running, &running, true, Ok(Start::Nothing)),
+        // The guest powered itself off.
+        (Running, &stopped, true, Ok(Start::Again)),
+        (Stopped, &stopped, true, Ok(Start::Again)),
+        (Stopped, &stopped, false, Ok(Start::First)),
+        (Stopped, &pending, false, Ok(Start::First)),
+        (Stopped, &pending, true, Err("still being stopped")),
+        (Stopped, &starting, true, Err("still being stopped")),
+        (Stopped, &running, true, Err("still being stopped")),
+        (Running, &failed, true, Err("has failed")),
+        (Stopped, &failed, true, Err("has failed")),
+        (Running, &unknown, true, Err("not known")),
+        (Removed, &stopped, true, Err("being removed")),
+        (Removed, &running, true, Err("being removed")),
+    ] {
+        let told = start("web", intent, observed, launched_before);
+        match (told, expected) {
+            (Ok(told), Ok(expected)) => assert_eq!(told, expected, "{intent:?} {observed:?}"),
+            (Err(error), Err(word)) => {
+                assert!(error.message.contains("VM web") && error.message.contains(word), "{error}");
+                assert!(error.hint.is_some(), "{error}");
+            }
+            other => panic!("{intent:?} {observed:?}: {other:?}"),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -128,7 +209,7 @@ struct World {
 impl World {
     fn decide(&self) -> Vec<Action> {
         let rows: Vec<Wanted> = self.rows.values().cloned().collect();
-        decide(&rows, &BTreeSet::new(), &HostSeen::Reachable(self.host.values().cloned().collect()))
+        decide(&rows, &Others::default(), &HostSeen::Reachable(self.host.values().cloned().collect()))
     }
 
     fn act(&mut self, action: &Action) {
@@ -150,6 +231,11 @@ impl World {
                 let vm = HostVm { id, ..host_vm(0, Observed::Running) };
                 assert!(self.host.insert(id, vm).is_none(), "launched twice");
             }
+            Action::Start { starts, .. } => {
+                let vm = self.host.get_mut(&id).unwrap();
+                assert!(matches!(vm.observed, Observed::Stopped { .. }) && vm.starts < *starts);
+                (vm.observed, vm.starts) = (Observed::Running, *starts);
+            }
             Action::ReportLost { .. } => {
                 let row = self.rows.get_mut(&id).unwrap();
                 assert!(row.launched_before && !row.ended && !self.host.contains_key(&id));
@@ -166,14 +252,14 @@ impl World {
 proptest! {
     #[test]
     fn decisions_converge(
-        rows in prop::collection::vec((0u8..12, 0u8..3, any::<bool>(), any::<bool>()), 0..12),
+        rows in prop::collection::vec((0u8..12, 0u8..3, any::<bool>(), any::<bool>(), 0u32..3), 0..12),
         host in prop::collection::vec((0u8..12, 0u8..6), 0..12),
         carried_out in prop::collection::vec(any::<bool>(), 0..40),
     ) {
         let intent = |number| [Intent::Running, Intent::Stopped, Intent::Removed][usize::from(number)];
         let mut world = World {
-            rows: rows.iter().map(|&(number, wanted, launched_before, ended)| {
-                (id(number), Wanted { id: id(number), intent: intent(wanted), launched_before, ended })
+            rows: rows.iter().map(|&(number, wanted, launched_before, ended, starts)| {
+                (id(number), Wanted { id: id(number), intent: intent(wanted), launched_before, ended, starts })
             }).collect(),
             host: host.iter().map(|&(number, seen)| (id(number), host_vm(number, state(seen)))).collect(),
         };

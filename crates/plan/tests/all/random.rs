@@ -25,6 +25,9 @@ struct Item {
     condemned: bool,
     in_vm: Option<StepVm>,
     finished: bool,
+    size: u64,
+    /// Bytes in memory for it.
+    weight: u64,
 }
 
 struct World {
@@ -39,6 +42,8 @@ struct World {
     in_a_row: Vec<u32>,
     over: Option<RunState>,
     failure_is_due: bool,
+    /// Of the result that was told last.
+    told_size: u64,
 }
 
 impl World {
@@ -54,7 +59,17 @@ impl World {
             listed: false,
             over: None,
             failure_is_due: false,
+            told_size: 0,
         }
+    }
+
+    fn with_budget(mut graph: Graph, bytes: u64) -> Self {
+        graph.payload_budget = bytes;
+        Self::new(graph)
+    }
+
+    fn weight(&self) -> u64 {
+        self.items.values().map(|item| item.weight).sum()
     }
 
     fn tell(&mut self, event: Event) {
@@ -76,6 +91,7 @@ impl World {
         }
         let unfinished = self.items.values().filter(|item| !item.finished).count();
         if self.over.is_none() {
+            assert_eq!(self.weight(), self.run.held_bytes());
             assert_eq!(unfinished, self.run.unfinished());
             let held: usize = self.vms.values().map(|vm| vm.holds.len()).sum();
             assert_eq!(held as u64, view.iter().map(|step| step.running).sum::<u64>());
@@ -104,6 +120,11 @@ impl World {
             }
             Action::Dispatch { vm, item, step, attempt } => {
                 let window = self.run.graph().steps[step].window as usize;
+                if step == self.run.graph().first {
+                    let (held, size) = (self.weight(), self.items[&item].size);
+                    assert!(held == 0 || held + size <= self.run.graph().payload_budget, "{held} and {size} bytes");
+                    self.items.get_mut(&item).unwrap().weight = size;
+                }
                 let to = self.vms.get_mut(&vm).unwrap();
                 assert!(to.ready && vm.step == step && to.holds.len() < window);
                 let model = self.items.get_mut(&item).unwrap();
@@ -114,7 +135,11 @@ impl World {
                 assert!(to.holds.insert(item, attempt).is_none());
             }
             Action::Retry { item, step, attempt, .. } => {
-                let model = &self.items[&item];
+                let first = self.run.graph().first;
+                let model = self.items.get_mut(&item).unwrap();
+                if step == first {
+                    model.weight = 0;
+                }
                 assert!(!model.finished && model.in_vm.is_none());
                 assert_eq!((model.step, model.attempt), (step, attempt));
             }
@@ -122,12 +147,13 @@ impl World {
                 let model = self.items.get_mut(&item).unwrap();
                 assert_eq!(model.step, step);
                 if let Some(next) = next {
-                    *model = Item { step: next, ..Item::default() };
+                    *model = Item { step: next, size: model.size, weight: self.told_size, ..Item::default() };
                 }
             }
             Action::Refuse { .. } => {}
             Action::Finish { item, outcome, reason, .. } => {
                 let model = self.items.get_mut(&item).unwrap();
+                model.weight = 0;
                 assert!(!std::mem::replace(&mut model.finished, true), "finished twice");
                 assert!(model.in_vm.is_none());
                 if outcome == FAILED {
@@ -166,7 +192,7 @@ impl World {
             route: None,
             reason: None,
             error: None,
-            size: 0,
+            size: u64::from(fault / 16 % 8),
             worked_us: u64::from(fault),
             told_vm,
         };
@@ -194,6 +220,7 @@ impl World {
                 self.in_a_row[vm.step] = 0;
             }
         }
+        self.told_size = result.size;
         self.tell(Event::Result(result));
         if self.over.is_none() {
             assert_eq!(self.run.refused_results() > refused, !held || matches!(fault % 16, 3 | 4));
@@ -226,8 +253,9 @@ impl World {
                 } else if pick % 20 == 1 {
                     self.tell(Event::Restored { item, outcome: "ok".into() });
                 } else {
-                    self.items.insert(item, Item { step: self.run.graph().first, ..Item::default() });
-                    self.tell(Event::ItemFound { item, size: 1 });
+                    let size = u64::from(pick / 20 % 9);
+                    self.items.insert(item, Item { step: self.run.graph().first, size, ..Item::default() });
+                    self.tell(Event::ItemFound { item, size });
                 }
             }
             0..=13 => self.answer_one_start(pick),
@@ -362,9 +390,10 @@ proptest! {
         vms in prop::array::uniform4(1u32..4),
         windows in prop::array::uniform4(1u32..5),
         attempts in 1u32..5,
+        budget in 0u64..30,
         events in prop::collection::vec((0u8..38, any::<u16>()), 0..400),
     ) {
-        let mut world = World::new(graph(shape, vms, windows, attempts));
+        let mut world = World::with_budget(graph(shape, vms, windows, attempts), budget);
         for (what, pick) in events {
             world.step(what, pick);
         }
@@ -380,11 +409,13 @@ proptest! {
         vms in prop::array::uniform4(1u32..4),
         windows in prop::array::uniform4(1u32..5),
         files in 0u64..200,
+        budget in 0u64..30,
     ) {
-        let mut world = World::new(graph(shape, vms, windows, 1));
+        let mut world = World::with_budget(graph(shape, vms, windows, 1), budget);
         for item in 0..files {
-            world.items.insert(item, Item { step: world.run.graph().first, ..Item::default() });
-            world.tell(Event::ItemFound { item, size: 1 });
+            let size = item % 11;
+            world.items.insert(item, Item { step: world.run.graph().first, size, ..Item::default() });
+            world.tell(Event::ItemFound { item, size });
         }
         world.drain();
         prop_assert_eq!(world.over, Some(RunState::Done));
@@ -398,7 +429,7 @@ proptest! {
 fn a_poison_file_fails_alone() {
     let mut world = World::new(graph(0, [2; 4], [16; 4], 3));
     for item in 0..100 {
-        world.items.insert(item, Item { step: 0, ..Item::default() });
+        world.items.insert(item, Item { step: 0, size: 1, ..Item::default() });
         world.tell(Event::ItemFound { item, size: 1 });
     }
     world.listed = true;

@@ -14,6 +14,11 @@ use super::{
 };
 
 impl Run {
+    /// Bytes of files and payloads that the shell keeps in memory for this run.
+    pub fn held_bytes(&self) -> u64 {
+        self.budget.held()
+    }
+
     pub fn graph(&self) -> &Graph {
         &self.graph
     }

@@ -21,6 +21,7 @@ pub(super) fn row(name: &str) -> VmRow {
         pipeline: None,
         version: 1,
         created_s: 5,
+        starts: 0,
     }
 }
 
