@@ -6,7 +6,7 @@ pub(crate) static META: Component = Component {
     name: "meta",
     migrations: &MIGRATIONS,
     user_version: true,
-    lock: 0x6d65_7461, // "meta" in ASCII
+    lock: i64::from_be_bytes(*b"\0\0\0\0meta"),
     cache_kib: 8 << 10,
     checkpoint_pages: 1000,
     readers: 1,

@@ -6,7 +6,7 @@ pub(super) static CATALOG: Component = Component {
     name: "catalog",
     migrations: &MIGRATIONS,
     user_version: false,
-    lock: 0x6361_7461_6c6f_67, // "catalog" in ASCII
+    lock: i64::from_be_bytes(*b"\0catalog"),
     // Chunks come in the order of their hashes, so that every group of them touches pages all over the table. A large
     // cache and a long log write such a page to the file once for many groups.
     cache_kib: 64 << 10,

@@ -24,8 +24,8 @@ pub struct Component {
     pub readers: usize,
 }
 
-/// "burgeon" in ASCII.
-const MIGRATION_LOCK: i64 = 0x62_75_72_67_65_6f_6e;
+/// The advisory lock of those who change the table of versions.
+const MIGRATION_LOCK: i64 = i64::from_be_bytes(*b"\0burgeon");
 
 const TABLE: &str =
     "CREATE TABLE IF NOT EXISTS schema_version (component TEXT PRIMARY KEY, version INTEGER NOT NULL) STRICT;";
