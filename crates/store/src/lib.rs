@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod chunk;
+pub mod cut;
 mod ids;
 pub mod map;
 pub mod meta;

@@ -4,3 +4,5 @@
 
 mod contract;
 mod directory;
+#[cfg(feature = "s3")]
+mod s3;
