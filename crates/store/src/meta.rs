@@ -478,7 +478,7 @@ mod tests {
         let path = directory.path().join("meta.db");
         let id = VmId::generate();
         let old = Connection::open(&path).unwrap();
-        old.execute_batch(schema::FIRST).unwrap();
+        old.execute_batch(crate::schema::FIRST).unwrap();
         old.pragma_update(None, "user_version", 1).unwrap();
         let values = params![id.to_string(), to_json(&Profile::default())];
         old.execute(

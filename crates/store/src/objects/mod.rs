@@ -7,6 +7,8 @@
 //! - deleting what is not there is no error, so that every request can be repeated.
 
 mod directory;
+#[cfg(feature = "s3")]
+mod s3;
 
 use std::{ops::Range, sync::Arc, time::SystemTime};
 
@@ -14,6 +16,8 @@ use burgeon_api::{Error, Result};
 use bytes::Bytes;
 
 pub use directory::{Directory, OpenObject};
+#[cfg(feature = "s3")]
+pub use s3::{S3, S3Settings};
 
 /// Most bytes of an object's name.
 const MOST_NAME: usize = 200;
@@ -32,6 +36,8 @@ pub struct Object {
 #[non_exhaustive]
 pub enum Objects {
     Directory(Arc<Directory>),
+    #[cfg(feature = "s3")]
+    S3(Arc<S3>),
 }
 
 impl Objects {
@@ -49,6 +55,8 @@ impl Objects {
                 let name = name.to_owned();
                 blocking(directory, move |directory| directory.put_new(&name, &bytes)).await
             }
+            #[cfg(feature = "s3")]
+            Objects::S3(s3) => s3.put_new(name, bytes).await,
         }
     }
 
@@ -64,6 +72,8 @@ impl Objects {
                 let name = name.to_owned();
                 blocking(directory, move |directory| directory.get_range(&name, range)).await
             }
+            #[cfg(feature = "s3")]
+            Objects::S3(s3) => s3.get_range(name, range).await,
         }
     }
 
@@ -78,6 +88,8 @@ impl Objects {
                 let name = name.to_owned();
                 blocking(directory, move |directory| directory.length(&name)).await
             }
+            #[cfg(feature = "s3")]
+            Objects::S3(s3) => s3.length(name).await,
         }
     }
 
@@ -95,6 +107,8 @@ impl Objects {
                 let folder = folder.to_owned();
                 blocking(directory, move |directory| directory.list(&folder)).await
             }
+            #[cfg(feature = "s3")]
+            Objects::S3(s3) => s3.list(folder).await,
         }
     }
 
@@ -109,6 +123,8 @@ impl Objects {
                 let name = name.to_owned();
                 blocking(directory, move |directory| directory.delete(&name)).await
             }
+            #[cfg(feature = "s3")]
+            Objects::S3(s3) => s3.delete(name).await,
         }
     }
 
@@ -117,6 +133,8 @@ impl Objects {
     pub fn describe(&self, name: &str) -> String {
         match self {
             Objects::Directory(directory) => directory.describe(name),
+            #[cfg(feature = "s3")]
+            Objects::S3(s3) => s3.describe(name),
         }
     }
 }
@@ -124,6 +142,13 @@ impl Objects {
 impl From<Directory> for Objects {
     fn from(directory: Directory) -> Objects {
         Objects::Directory(Arc::new(directory))
+    }
+}
+
+#[cfg(feature = "s3")]
+impl From<S3> for Objects {
+    fn from(s3: S3) -> Objects {
+        Objects::S3(Arc::new(s3))
     }
 }
 

@@ -9,7 +9,7 @@ use burgeon_api::ErrorKind;
 use burgeon_store::objects::{Directory, Objects};
 use bytes::Bytes;
 
-use crate::contract;
+use crate::contract::{self, Creates};
 
 fn files(path: &Path) -> Vec<String> {
     let mut names: Vec<String> =
@@ -22,7 +22,7 @@ fn files(path: &Path) -> Vec<String> {
 async fn a_directory_keeps_the_contract() {
     let temporary = tempfile::tempdir().unwrap();
     let objects = Objects::from(Directory::open(temporary.path().join("not/there/yet")).unwrap());
-    contract::keeps(&objects).await;
+    contract::keeps(&objects, Creates::Once).await;
     assert_eq!(files(&temporary.path().join("not/there/yet/race")), ["one"], "nothing is left of those that lost");
     assert!(objects.describe("packs/ab/one.pack").ends_with("not/there/yet/packs/ab/one.pack"));
     // Another process that opens it finds the same.

@@ -4,4 +4,6 @@
 
 mod contract;
 mod directory;
+#[cfg(feature = "s3")]
+mod s3;
 mod sql;
