@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fs, path::PathBuf};
 
-use crate::lab::Lab;
+use crate::lab::{Lab, until};
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..")
@@ -90,6 +90,10 @@ fn settings_are_the_servers_where_one_runs() {
 
     let started = lab.command(&["ps"]).env("BURGEON_LOG", "warn").spawn().unwrap();
     crate::lab::finish(started).good();
+    // The control process may answer before the host process does.
+    until("both processes tell of themselves", || {
+        lab.json(&["config", "show"]).as_array().unwrap().iter().any(|setting| setting["name"] == "accelerator")
+    });
     // What this command's environment says does not matter.
     let asked = lab.command(&["-o", "json", "config", "show"]).env("BURGEON_ACCEL", "kvm").spawn().unwrap();
     let asked = crate::lab::finish(asked);
