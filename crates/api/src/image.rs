@@ -15,11 +15,11 @@ pub enum Boot {
     Firmware,
 }
 
-/// `image.json` in an image's directory, beside the files it names. Version 1.
+/// `image.json` in an image's directory, beside the files it names. Version 2; version 1 had no `map`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Image {
-    /// The version of this file format: 1.
+    /// The version of this file format.
     pub format: u32,
     pub name: String,
     #[serde(default)]
@@ -31,8 +31,11 @@ pub struct Image {
     pub recipe: String,
     /// The kernel's release, such as `6.1.0-56-cloud-amd64`; empty where the firmware boots.
     pub kernel_release: String,
-    /// Whether there is a `disk.raw`; its size in bytes.
+    /// Whether there is a disk; its size in bytes.
     pub disk: Option<ByteSize>,
+    /// The name of the disk's block map in the store. Absent for a disk that lies beside this file as `disk.raw`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub map: Option<String>,
     /// Kernel modules that the agent loads, in order.
     pub modules: Vec<String>,
     pub kernel_parameters: Vec<String>,
@@ -43,7 +46,9 @@ pub struct Image {
 }
 
 impl Image {
-    pub const FORMAT: u32 = 1;
+    pub const FORMAT: u32 = 2;
+    /// The oldest that is still read.
+    pub const OLDEST_FORMAT: u32 = 1;
     /// Names of the files beside `image.json`.
     pub const FILE: &str = "image.json";
     pub const KERNEL: &str = "vmlinuz";

@@ -21,6 +21,7 @@ use burgeon_image::{BuildRequest, GuestJob, GuestOutput, GuestRunner, ImportRequ
 use tokio::{runtime::Handle, sync::mpsc, time::timeout};
 
 use crate::{
+    disks::Keeper,
     exec_client::{FrameReader, FrameWriter},
     state::{Shared, now_s},
 };
@@ -46,7 +47,8 @@ pub(crate) fn build(state: &Shared, request: &BuildImage) -> Result<mpsc::Receiv
             data: state.data_paths(),
             now_s: now_s(),
         };
-        burgeon_image::build(&request, &tools(), &runner, progress, cancelled)
+        let disks = Keeper { store: &state.store, data: &request.data, cancelled };
+        burgeon_image::build(&request, &tools(), &runner, &disks, progress, cancelled)
     }))
 }
 
@@ -62,7 +64,8 @@ pub(crate) fn import(state: &Shared, request: ImportImage) -> mpsc::Receiver<Pro
             data: state.data_paths(),
             now_s: now_s(),
         };
-        burgeon_image::import(&request, &tools(), progress, cancelled)
+        let disks = Keeper { store: &state.store, data: &request.data, cancelled };
+        burgeon_image::import(&request, &tools(), &disks, progress, cancelled)
     })
 }
 
@@ -166,6 +169,7 @@ impl HostRunner {
             recipe: String::new(),
             kernel_release: String::new(),
             disk: Some(ByteSize(length)),
+            map: None,
             modules: Vec::new(),
             kernel_parameters,
             init: String::new(),

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod api;
+mod disks;
 pub mod exec_client;
 mod host_client;
 mod images;
@@ -58,6 +59,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
     let _lock = Lock::take(&layout, "control")?;
     let meta = Meta::open(&layout.meta())?;
     images::remove_left_over(&layout.temporary());
+    let store = disks::open(&layout.store())?;
     let socket = layout.control_socket();
     if socket.exists() {
         // The lock is ours, so nobody listens there.
@@ -66,6 +68,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
     let state = Arc::new(State {
         host: HostClient::new(layout.host_socket()),
         meta,
+        store,
         version: options.version,
         settings: options.settings,
         kick: Notify::new(),

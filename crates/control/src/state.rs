@@ -18,7 +18,10 @@ use burgeon_api::{
 };
 use burgeon_host::layout::Layout;
 use burgeon_plan::vm::is_start_awaited;
-use burgeon_store::meta::{Damaged, Meta, VmRow};
+use burgeon_store::{
+    chunk_store::ChunkStore,
+    meta::{Damaged, Meta, VmRow},
+};
 use tokio::sync::{Notify, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -29,6 +32,7 @@ pub(crate) type Shared = Arc<State>;
 pub(crate) struct State {
     pub(crate) layout: Layout,
     pub(crate) meta: Meta,
+    pub(crate) store: Arc<ChunkStore>,
     pub(crate) host: HostClient,
     pub(crate) version: String,
     pub(crate) settings: Vec<burgeon_api::http::Setting>,

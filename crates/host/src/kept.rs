@@ -48,7 +48,7 @@ impl Kept {
         if launch.image.boot == Boot::Agent {
             needed.extend([file::KERNEL, file::INITRAMFS]);
         }
-        if let Some(size) = launch.image.disk {
+        if let Some(size) = launch.image.disk.filter(|_| launch.image.map.is_none()) {
             needed.extend([file::BASE, file::OVERLAY]);
             let length = fs::metadata(self.directory.join(file::BASE)).map_or(0, |about| about.len());
             if length != size.bytes() {

@@ -92,6 +92,10 @@ impl Layout {
     pub fn cache(&self) -> PathBuf {
         self.data.join("cache")
     }
+    /// Chunks of images and disks, their catalog, and the cache of what was read.
+    pub fn store(&self) -> PathBuf {
+        self.data.join("store")
+    }
     pub fn temporary(&self) -> PathBuf {
         self.data.join("tmp")
     }

@@ -7,6 +7,7 @@
 
 mod cgroup;
 mod console;
+mod disks;
 mod display;
 mod kept;
 pub mod layout;
@@ -90,6 +91,7 @@ pub async fn run(options: Options) -> Result<()> {
         verdict,
         groups: cgroup::Groups::prepare(),
         boot_slots: Semaphore::new(cpus.max(2)),
+        disks: Arc::new(disks::Disks::new(layout.clone())),
         layout: layout.clone(),
     });
     let socket = layout.host_socket();

@@ -13,7 +13,7 @@ use burgeon_api::{
     vm::Accelerator,
 };
 use burgeon_qemu::{
-    command::{Machine, file},
+    command::{DiskFrom, Machine, file},
     disk,
     process::{RunAs, give_directory},
 };
@@ -64,7 +64,7 @@ pub(crate) async fn prepare(
         let initramfs = initramfs(layout, &image, &launch.image, agent)?;
         link(&initramfs, &directory.join(file::INITRAMFS))?;
     }
-    if let Some(size) = launch.image.disk {
+    if let Some(size) = launch.image.disk.filter(|_| launch.image.map.is_none()) {
         let base = image.join(Image::DISK);
         link(&base, &directory.join(file::BASE))?;
         let length = fs::metadata(&base).map_err(|error| Error::io("look at the image's disk", &error))?.len();
@@ -99,7 +99,7 @@ pub(crate) fn machine(launch: &Launch, accelerator: Accelerator) -> Machine {
         profile: launch.profile.clone(),
         boot: launch.image.boot,
         accelerator,
-        disk: launch.image.disk.is_some(),
+        disk: launch.image.disk.map(|_| if launch.image.map.is_some() { DiskFrom::Socket } else { DiskFrom::Files }),
         seed: launch.image.boot == Boot::Firmware,
         init: launch.image.init.clone(),
         kernel_parameters: launch.image.kernel_parameters.clone(),

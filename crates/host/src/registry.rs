@@ -102,6 +102,7 @@ async fn own(
 
 fn find_left_over(context: &Arc<Context>, changes: &broadcast::Sender<HostVm>) -> HashMap<VmId, VmHandle> {
     let mut vms = HashMap::new();
+    let mut all_read = true;
     let Ok(directories) = std::fs::read_dir(context.layout.vms()) else { return vms };
     for directory in directories.flatten().map(|entry| entry.path()) {
         match Record::load(&directory) {
@@ -114,9 +115,18 @@ fn find_left_over(context: &Arc<Context>, changes: &broadcast::Sender<HostVm>) -
                 vms.insert(id, vm::resume(context.clone(), directory, record, found, changes.clone()));
             }
             Err(error) => {
-                tracing::error!(directory = %directory.display(), %error, "a VM's record does not read; its directory is left as it is")
+                all_read = false;
+                tracing::error!(directory = %directory.display(), %error, "a VM's record does not read; its directory is left as it is");
             }
         }
+    }
+    if all_read {
+        let (disks, ids) = (context.disks.clone(), vms.keys().copied().collect());
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = disks.tidy(&ids) {
+                tracing::warn!(%error, "images below disks of removed VMs are kept");
+            }
+        });
     }
     vms
 }

@@ -33,7 +33,7 @@ use tokio::{
     time::Instant,
 };
 
-use crate::{cgroup::Groups, console::Console, layout::Layout, prepare, prepare::Disk, record::Record};
+use crate::{cgroup::Groups, console::Console, disks::Disks, layout::Layout, prepare, prepare::Disk, record::Record};
 
 /// How long a guest may take to its agent's first word before it is started again.
 const BOOT_DEADLINE: Duration = Duration::from_secs(60);
@@ -51,6 +51,7 @@ pub(crate) struct Context {
     pub(crate) groups: Groups,
     /// Booting takes a whole CPU: more at once than there are CPUs only makes all of them late.
     pub(crate) boot_slots: Semaphore,
+    pub(crate) disks: Arc<Disks>,
 }
 
 /// A VM that is up.
@@ -196,6 +197,7 @@ async fn try_once(
     let launch = &record.launch;
     let run_as = process::run_as(launch.id.uuid().as_u128(), accelerator);
     prepare::prepare(&context.layout, directory, launch, disk, context.agent, run_as).await?;
+    serve_disk(&context.disks, directory, launch, run_as, disk == Disk::New).await?;
     phases.enter("start");
     let words = arguments(&prepare::machine(launch, accelerator));
     let identity = process::start(
@@ -224,6 +226,21 @@ async fn try_once(
     let up = connect(directory, launch, process, phases).await?;
     guard.armed = false;
     Ok(up)
+}
+
+/// Has the VM's disk served, in a thread that may wait.
+async fn serve_disk(disks: &Arc<Disks>, directory: &Path, launch: &Launch, run_as: RunAs, new: bool) -> Result<()> {
+    let owner = match run_as {
+        RunAs::User { number, .. } => Some(number),
+        RunAs::Same => None,
+    };
+    let (disks, directory, launch) = (disks.clone(), directory.to_path_buf(), launch.clone());
+    let serve = move || match new {
+        true => disks.create(&directory, &launch, owner),
+        false => disks.serve(&directory, &launch, owner),
+    };
+    let served = tokio::task::spawn_blocking(serve).await;
+    served.map_err(|error| Error::internal(format!("serve the VM's disk: {error}")))?
 }
 
 /// Ends QEMU when a start fails or is given up half-way.
@@ -360,7 +377,11 @@ fn clock_ns() -> u64 {
 
 /// Takes hold of a VM that runs already. QEMU's monitor and the agent are tried each for a moment;
 /// what does not answer is reported and tried again later, never taken for dead.
-pub(crate) async fn adopt(directory: &Path, launch: &Launch, process: Arc<Process>) -> Result<Up> {
+pub(crate) async fn adopt(disks: &Arc<Disks>, directory: &Path, record: &Record, process: Arc<Process>) -> Result<Up> {
+    let launch = &record.launch;
+    // First of all: until its disk is served again, the guest waits.
+    let run_as = process::run_as(launch.id.uuid().as_u128(), record.accelerator);
+    serve_disk(disks, directory, launch, run_as, false).await?;
     let deadline = Instant::now() + MONITOR_DEADLINE;
     let qmp = Qmp::connect(&directory.join(file::QEMU_DIRECTORY).join(file::MONITOR), deadline).await?;
     let console = match UnixStream::connect(directory.join(file::QEMU_DIRECTORY).join(file::CONSOLE)).await {

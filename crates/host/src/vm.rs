@@ -50,6 +50,9 @@ use crate::{
 /// How long before a VM that could not be reattached is tried again.
 const REATTACH: Duration = Duration::from_secs(5);
 
+/// After its agent's first word a guest goes on starting for so long, as far as the image's trace is concerned.
+const START_TRACED: Duration = Duration::from_secs(30);
+
 /// How often a killed process that was never up is looked for.
 const DYING: Duration = Duration::from_millis(10);
 
@@ -188,7 +191,7 @@ fn spawn(
     let handle = VmHandle { commands, view: view_receiver, directory: directory.clone() };
     let starting = match begin {
         Begin::Launch => Some(bring_up(&context, &directory, &record, Disk::New, step_sender)),
-        Begin::Adopt(process) => Some(adopt(directory.clone(), record.launch.clone(), process)),
+        Begin::Adopt(process) => Some(adopt(&context, directory.clone(), record.clone(), process)),
         Begin::Ended => None,
     };
     let owner = Owner {
@@ -231,8 +234,9 @@ fn bring_up(
     })
 }
 
-fn adopt(directory: PathBuf, launch: Launch, process: Arc<Process>) -> JoinHandle<Result<Up>> {
-    tokio::spawn(async move { start::adopt(&directory, &launch, process).await })
+fn adopt(context: &Arc<Context>, directory: PathBuf, record: Record, process: Arc<Process>) -> JoinHandle<Result<Up>> {
+    let disks = context.disks.clone();
+    tokio::spawn(async move { start::adopt(&disks, &directory, &record, process).await })
 }
 
 enum Met {
@@ -343,6 +347,11 @@ impl Owner {
                 }
                 let guest = up.guest.clone();
                 self.up = Some(up);
+                let (disks, id) = (self.context.disks.clone(), self.record.launch.id);
+                tokio::spawn(async move {
+                    sleep(START_TRACED).await;
+                    drop(tokio::task::spawn_blocking(move || disks.keep_trace(id)).await);
+                });
                 self.publish(|view| {
                     view.observed = Observed::Running;
                     view.guest = guest;
@@ -393,7 +402,7 @@ impl Owner {
         self.retry_at = None;
         match self.held() {
             Some(process) => {
-                let task = adopt(self.directory.clone(), self.record.launch.clone(), Arc::new(process));
+                let task = adopt(&self.context, self.directory.clone(), self.record.clone(), Arc::new(process));
                 self.starting = Some(task);
             }
             None => self.finish(Observed::Failed { reason: "its process ended, and left no reason".into() }),
@@ -470,6 +479,8 @@ impl Owner {
             // A failed start: nothing of it may stay behind.
             process.kill();
         }
+        // Its only client is gone, so this takes no time.
+        self.context.disks.close(self.record.launch.id);
         self.context.groups.remove(&group_name(&self.record.launch));
         self.record.ended = Some(observed.clone());
         self.store();
@@ -649,6 +660,8 @@ impl Owner {
 
     fn remove(&mut self) {
         self.context.groups.remove(&group_name(&self.record.launch));
+        let (disks, id) = (self.context.disks.clone(), self.record.launch.id);
+        tokio::task::spawn_blocking(move || disks.forget(id));
         let removed = match std::fs::remove_dir_all(&self.directory) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 Err(Error::io("remove the VM's directory", &error))

@@ -30,7 +30,7 @@ use crate::{
     newc::Archive,
     packages::Chooser,
     process::{Limits, Tools},
-    store,
+    store::{self, DiskStore},
     tree::Tree,
     work::{DataPaths, WorkDirectory},
 };
@@ -68,6 +68,7 @@ pub fn build(
     request: &BuildRequest,
     tools: &Tools,
     runner: &dyn GuestRunner,
+    disks: &dyn DiskStore,
     progress: &(dyn Fn(Progress) + Sync),
     cancelled: &(dyn Fn() -> bool + Sync),
 ) -> Result<Image> {
@@ -112,6 +113,8 @@ pub fn build(
     let image = build.run(runner)?;
     limits.check_cancelled()?;
     let image = Image { recipe: digest(&recipe, &files, &lock)?, created_s: request.now_s, ..image };
+    let image = store::keep_disk(disks, image, &build.image_directory(), progress)?;
+    limits.check_cancelled()?;
     store::publish(&request.data, &image, &build.image_directory())?;
     Ok(image)
 }
@@ -183,6 +186,7 @@ impl Build<'_> {
             recipe: String::new(),
             kernel_release: kernel.release.clone(),
             disk: self.recipe.size.filter(|_| self.recipe.kind == Kind::Disk),
+            map: None,
             modules: selection.early.iter().chain(&selection.root).cloned().collect(),
             kernel_parameters: self.recipe.kernel_parameters.clone(),
             init: if stays { String::new() } else { self.recipe.init.clone() },

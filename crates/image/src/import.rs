@@ -21,7 +21,7 @@ use crate::{
     process::{self, Limits, Streaming, Tools},
     qcow2,
     room::{self, Bounded},
-    store::{self, Stored},
+    store::{self, DiskStore, Stored},
     tree::{Kind, Meta, Tree, entry_path, shown},
     work::{DataPaths, WorkDirectory},
 };
@@ -69,6 +69,7 @@ enum Format {
 pub fn import(
     request: &ImportRequest,
     tools: &Tools,
+    disks: &dyn DiskStore,
     progress: &(dyn Fn(Progress) + Sync),
     cancelled: &(dyn Fn() -> bool + Sync),
 ) -> Result<Image> {
@@ -100,6 +101,8 @@ pub fn import(
     step(1);
     limits.check_cancelled()?;
     let image = Image { created_s: request.now_s, ..store::sealed(image, &out)? };
+    let image = store::keep_disk(disks, image, &out, progress)?;
+    limits.check_cancelled()?;
     store::publish(&request.data, &image, &out)?;
     step(2);
     Ok(image)
@@ -363,6 +366,7 @@ impl Import<'_> {
             recipe: String::new(),
             kernel_release: String::new(),
             disk: Some(ByteSize(disk)),
+            map: None,
             modules: Vec::new(),
             kernel_parameters: Vec::new(),
             init: String::new(),

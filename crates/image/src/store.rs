@@ -9,6 +9,7 @@ use std::{
 
 use burgeon_api::{
     ByteSize, Error, Result,
+    http::Progress,
     image::{Boot, Image},
     name,
 };
@@ -81,8 +82,13 @@ pub fn show(data: &DataPaths, image: &str) -> Result<(Image, PathBuf)> {
         Err(error) => return Err(damaged(format!("{}: {error}", Image::FILE))),
     };
     let found: Image = serde_json::from_str(&text).map_err(|error| damaged(format!("{}: {error}", Image::FILE)))?;
-    if found.format != Image::FORMAT {
-        return Err(damaged(format!("format {} is not known; this Burgeon reads format 1", found.format)));
+    if !(Image::OLDEST_FORMAT..=Image::FORMAT).contains(&found.format) {
+        return Err(damaged(format!(
+            "format {} is not known; this Burgeon reads formats {} to {}",
+            found.format,
+            Image::OLDEST_FORMAT,
+            Image::FORMAT
+        )));
     }
     if found.name != image {
         return Err(damaged(format!("it says that its name is {}", found.name)));
@@ -105,7 +111,7 @@ pub fn show(data: &DataPaths, image: &str) -> Result<(Image, PathBuf)> {
         check(Image::KERNEL, b"MZ", None)?;
         check(Image::INITRAMFS, b"070701", None)?;
     }
-    if let Some(size) = found.disk {
+    if let Some(size) = found.disk.filter(|_| found.map.is_none()) {
         check(Image::DISK, b"", Some(size.0))?;
     }
     Ok((found, directory))
@@ -146,6 +152,34 @@ pub(crate) fn sealed(mut image: Image, directory: &Path) -> Result<Image> {
     Ok(image)
 }
 
+/// Where disks of images are kept: the store, behind a seam, because this crate knows none.
+pub trait DiskStore: Sync {
+    /// Keeps a disk for the image of that name, and gives the name of its block map. It is kept for as long as an
+    /// image's `image.json` names the map; and at first for an hour, so that there is time to write one.
+    ///
+    /// # Errors
+    /// Those of the store, a full disk among them.
+    fn keep(&self, image: &str, disk: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<String>;
+}
+
+/// Moves the image's disk from its directory into the store.
+pub(crate) fn keep_disk(
+    disks: &dyn DiskStore,
+    image: Image,
+    directory: &Path,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<Image> {
+    if image.disk.is_none() {
+        return Ok(image);
+    }
+    let disk = directory.join(Image::DISK);
+    let map = disks.keep(&image.name, &disk, &mut |done, total| {
+        progress(Progress::Step { phase: "store".into(), done, total, bytes: true });
+    })?;
+    fs::remove_file(&disk).map_err(|error| Error::io(format!("remove {}", disk.display()), &error))?;
+    Ok(Image { map: Some(map), ..image })
+}
+
 /// Writes `image.json` and puts the directory in place of the image of that name.
 pub(crate) fn publish(data: &DataPaths, image: &Image, directory: &Path) -> Result<()> {
     work::write_atomically(&directory.join(Image::FILE), text(image)?.as_bytes())?;
@@ -176,6 +210,7 @@ pub(crate) mod tests {
             recipe: String::new(),
             kernel_release: "6.1".into(),
             disk: Some(ByteSize(1 << 20)),
+            map: None,
             modules: Vec::new(),
             kernel_parameters: Vec::new(),
             init: "/sbin/init".into(),

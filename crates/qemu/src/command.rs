@@ -25,12 +25,26 @@ pub mod file {
     pub const INITRAMFS: &str = "initramfs";
     pub const BASE: &str = "base.raw";
     pub const OVERLAY: &str = "disk.qcow2";
+    /// Where the host process serves the disk.
+    pub const DISK: &str = "disk.sock";
     /// The directory that a foreign image sees as a NoCloud seed.
     pub const SEED: &str = "seed";
 }
 
+/// How long QEMU holds a guest's requests back while the disk's socket does not answer, in seconds.
+const RECONNECT_S: u32 = 30 * 24 * 3600;
+
 /// The name under which the guest finds the agent's channel.
 pub const AGENT_PORT: &str = "burgeon.agent.0";
+
+/// Where QEMU finds the VM's disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskFrom {
+    /// In two files: an overlay above a raw base.
+    Files,
+    /// Served by the host process at [`file::DISK`].
+    Socket,
+}
 
 /// All that decides a command line.
 #[derive(Clone, Debug)]
@@ -40,8 +54,8 @@ pub struct Machine {
     pub profile: Profile,
     pub boot: Boot,
     pub accelerator: Accelerator,
-    /// Whether there is a disk (overlay and base), and whether a seed directory stands beside it.
-    pub disk: bool,
+    pub disk: Option<DiskFrom>,
+    /// Whether a seed directory stands beside the disk.
     pub seed: bool,
     pub init: String,
     pub kernel_parameters: Vec<String>,
@@ -84,12 +98,23 @@ pub fn arguments(machine: &Machine) -> Vec<String> {
         add(&["-device", &format!("virtserialport,bus=channel.0,nr=1,chardev=agent,name={AGENT_PORT}")]);
         add(&["-kernel", file::KERNEL, "-initrd", file::INITRAMFS, "-append", &kernel_command_line(machine)]);
     }
-    if machine.disk {
-        let base = format!("driver=file,node-name=base-file,filename={},read-only=on,auto-read-only=off", file::BASE);
-        let overlay = format!("driver=file,node-name=disk-file,filename={},discard=unmap", file::OVERLAY);
-        add(&["-blockdev", &base, "-blockdev", "driver=raw,node-name=base,file=base-file,read-only=on"]);
-        add(&["-blockdev", &overlay]);
-        add(&["-blockdev", "driver=qcow2,node-name=disk,file=disk-file,backing=base,discard=unmap"]);
+    match machine.disk {
+        Some(DiskFrom::Files) => {
+            let base =
+                format!("driver=file,node-name=base-file,filename={},read-only=on,auto-read-only=off", file::BASE);
+            let overlay = format!("driver=file,node-name=disk-file,filename={},discard=unmap", file::OVERLAY);
+            add(&["-blockdev", &base, "-blockdev", "driver=raw,node-name=base,file=base-file,read-only=on"]);
+            add(&["-blockdev", &overlay]);
+            add(&["-blockdev", "driver=qcow2,node-name=disk,file=disk-file,backing=base,discard=unmap"]);
+        }
+        Some(DiskFrom::Socket) => {
+            // While no host process serves the disk, requests wait instead of failing in the guest.
+            let disk = format!("driver=nbd,node-name=disk,server.type=unix,server.path={}", file::DISK);
+            add(&["-blockdev", &format!("{disk},reconnect-delay={RECONNECT_S},open-timeout=10,discard=unmap")]);
+        }
+        None => {}
+    }
+    if machine.disk.is_some() {
         // With a kernel given, the firmware starts that and has no use for the disk.
         let order = if machine.boot == Boot::Firmware { ",bootindex=0" } else { "" };
         add(&["-device", &format!("virtio-blk-pci,drive=disk{order}")]);
@@ -139,10 +164,10 @@ fn kernel_command_line(machine: &Machine) -> String {
     // systemd would else take the name in the image's /etc/hostname.
     words.push(format!("systemd.hostname={}", machine.name));
     let own_root = machine.kernel_parameters.iter().any(|word| word.starts_with("burgeon.root="));
-    if machine.disk && !own_root {
+    if machine.disk.is_some() && !own_root {
         words.push("burgeon.root=/dev/vda".into());
     }
-    if machine.profile.init == Init::Image && !machine.init.is_empty() && machine.disk {
+    if machine.profile.init == Init::Image && !machine.init.is_empty() && machine.disk.is_some() {
         words.push(format!("burgeon.init={}", machine.init));
     }
     words.extend(machine.kernel_parameters.iter().cloned());
@@ -160,7 +185,7 @@ mod tests {
             profile: Profile::default(),
             boot: Boot::Agent,
             accelerator: Accelerator::Tcg,
-            disk: true,
+            disk: Some(DiskFrom::Files),
             seed: false,
             init: "/sbin/init".into(),
             kernel_parameters: vec![],

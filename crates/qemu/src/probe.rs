@@ -126,7 +126,7 @@ async fn guest_speaks(qemu: &Qemu, directory: &Path) -> Result<Duration> {
         profile: Profile { memory: ByteSize::mib(256), init: Init::None, ..Profile::default() },
         boot: Boot::Agent,
         accelerator: Accelerator::Kvm,
-        disk: false,
+        disk: None,
         seed: false,
         init: String::new(),
         kernel_parameters: vec![],

@@ -45,6 +45,7 @@ impl Desk {
             recipe: String::new(),
             kernel_release: String::new(),
             disk: None,
+            map: None,
             modules: Vec::new(),
             kernel_parameters: Vec::new(),
             init: String::new(),

@@ -2,10 +2,10 @@
 
 use std::{fs, path::Path};
 
-use burgeon_api::{Error, ErrorKind, Result, image::Image};
+use burgeon_api::{Error, ErrorKind, Result};
 use burgeon_image::{GuestJob, GuestOutput, GuestRunner, build, list};
 
-use crate::support::{built, copied, is_empty, output, tools};
+use crate::support::{Kept, built, copied, is_empty, kept_disk, output, tools};
 
 /// Gives back a fixed tar of changes.
 struct Canned;
@@ -66,7 +66,7 @@ fn a_disk_is_clean_reproducible_and_has_its_owners() {
         let mut request = copied("debian-minimal", root.path(), "");
         request.locked = true;
         let image = built(&request, &Canned).unwrap();
-        let disk = root.path().join("images/debian-minimal").join(Image::DISK);
+        let disk = kept_disk(root.path(), "debian-minimal");
         if digests.is_empty() {
             output("e2fsck", &["-fn", disk.to_str().unwrap()]);
             let (shadow, quoted) = (stat(&disk, "/etc/shadow"), stat(&disk, "/etc/a \"\"quoted\"\" name"));
@@ -114,7 +114,7 @@ fn failures_point_at_the_command_and_leave_nothing() {
     // Cancelled in the middle of unpacking.
     let calls = std::sync::atomic::AtomicU32::new(0);
     let cancelled = || calls.fetch_add(1, std::sync::atomic::Ordering::Relaxed) > 150;
-    let error = build(&request, &tools(), &Canned, &|_| {}, &cancelled).unwrap_err();
+    let error = build(&request, &tools(), &Canned, &Kept(&request.data), &|_| {}, &cancelled).unwrap_err();
     assert_eq!(error.kind, ErrorKind::Cancelled, "{error}");
     assert!(is_empty(&root.path().join("tmp")));
 }

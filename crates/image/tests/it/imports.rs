@@ -8,7 +8,7 @@ use burgeon_api::{
 };
 use burgeon_image::{ImportRequest, import};
 
-use crate::support::{Nothing, built, copied, data, is_empty, output, tools};
+use crate::support::{Kept, Nothing, built, copied, data, is_empty, kept_disk, output, tools};
 
 fn request(file: &Path, root: &Path) -> ImportRequest {
     ImportRequest {
@@ -24,7 +24,7 @@ fn request(file: &Path, root: &Path) -> ImportRequest {
 }
 
 fn imported(request: &ImportRequest) -> Result<Image> {
-    import(request, &tools(), &|_| {}, &|| false)
+    import(request, &tools(), &Kept(&request.data), &|_| {}, &|| false)
 }
 
 #[test]
@@ -37,7 +37,7 @@ fn disks_are_taken_by_their_contents() {
     fs::write(&raw, &disk).unwrap();
     let image = imported(&request(&raw, root.path())).unwrap();
     assert_eq!((image.boot, image.disk.unwrap().0, image.created_s), (Boot::Firmware, 3 << 20, 5));
-    let kept = root.path().join("images/imported").join(Image::DISK);
+    let kept = kept_disk(root.path(), "imported");
     assert!(fs::read(&kept).unwrap() == disk);
     // The same disk by another way has the same digest.
     let qcow2 = root.path().join("json:{odd name");
@@ -151,7 +151,7 @@ fn a_root_file_system_boots_with_the_kernel_of_another_image() {
     }
     digests.dedup();
     assert_eq!(digests.len(), 1);
-    let disk = root.path().join("images/imported").join(Image::DISK);
+    let disk = kept_disk(root.path(), "imported");
     output("e2fsck", &["-fn", disk.to_str().unwrap()]);
     let init = output("debugfs", &["-R", "stat /sbin/init", disk.to_str().unwrap()]);
     assert!(init.contains("User:     7   Group:     8"), "{init}");

@@ -7,7 +7,7 @@ use burgeon_image::{BuildRequest, build, show};
 
 use crate::{
     runner,
-    support::{Nothing, built, copied, images, request, tools},
+    support::{Kept, Nothing, built, copied, images, request, tools},
 };
 
 #[test]
@@ -72,13 +72,13 @@ fn packages_that_the_archive_lost_are_chosen_anew_and_told() {
             notes.lock().unwrap().push_str(&note);
         }
     };
-    build(&request, &tools(), &Nothing, &progress, &|| false).unwrap();
+    build(&request, &tools(), &Nothing, &Kept(&request.data), &progress, &|| false).unwrap();
     let notes = notes.into_inner().unwrap();
     assert!(notes.contains("busybox-static 1:1.35.0-1"), "{notes}");
     assert_ne!(fs::read_to_string(&request.lock_path).unwrap(), gone);
     // Where the lock cannot be written, it is kept with the data.
     request.lock_path = root.path().join("no-such-directory/tiny.lock");
-    build(&request, &tools(), &Nothing, &|_| {}, &|| false).unwrap();
+    build(&request, &tools(), &Nothing, &Kept(&request.data), &|_| {}, &|| false).unwrap();
     assert!(request.data.cache.join("locks/tiny.lock").exists());
     fs::remove_file(request.data.cache.join("locks/tiny.lock")).unwrap();
 }
@@ -115,9 +115,10 @@ fn timed(request: &BuildRequest) -> Image {
             other => println!("{seconds:7.2} {other:?}"),
         }
     };
-    let image = build(request, &tools(), &runner::Qemu, &progress, &|| false).unwrap_or_else(|error| {
-        panic!("{error}\n{:?}", error.hint);
-    });
+    let image =
+        build(request, &tools(), &runner::Qemu, &Kept(&request.data), &progress, &|| false).unwrap_or_else(|error| {
+            panic!("{error}\n{:?}", error.hint);
+        });
     println!("{:7.2} {} {}", start.elapsed().as_secs_f32(), image.name, image.digest);
     image
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use burgeon_api::{Result, document::Document, image::Image};
-use burgeon_image::{BuildRequest, DataPaths, GuestJob, GuestOutput, GuestRunner, Tools, build};
+use burgeon_image::{BuildRequest, DataPaths, DiskStore, GuestJob, GuestOutput, GuestRunner, Tools, build};
 
 /// The recipes of the project.
 pub(crate) fn images() -> PathBuf {
@@ -51,7 +51,7 @@ pub(crate) fn request(recipe: &Path, root: &Path) -> BuildRequest {
 }
 
 pub(crate) fn built(request: &BuildRequest, runner: &dyn GuestRunner) -> Result<Image> {
-    build(request, &tools(), runner, &|_| {}, &|| false)
+    build(request, &tools(), runner, &Kept(&request.data), &|_| {}, &|| false)
 }
 
 /// A runner for what needs no VM.
@@ -74,4 +74,23 @@ pub(crate) fn output(program: &str, arguments: &[&str]) -> String {
 
 pub(crate) fn is_empty(directory: &Path) -> bool {
     fs::read_dir(directory).map_or(true, |mut entries| entries.next().is_none())
+}
+
+/// Plays the store: a disk is kept as it is, beside the images.
+pub(crate) struct Kept<'a>(pub(crate) &'a DataPaths);
+
+impl DiskStore for Kept<'_> {
+    fn keep(&self, image: &str, disk: &Path, _: &mut dyn FnMut(u64, u64)) -> Result<String> {
+        let to = kept_disk(self.0.images.parent().unwrap(), image);
+        if to.exists() {
+            fs::remove_file(&to).unwrap();
+        }
+        fs::hard_link(disk, to).unwrap();
+        Ok("map".into())
+    }
+}
+
+/// The disk of an image as [`Kept`] has it.
+pub(crate) fn kept_disk(root: &Path, image: &str) -> PathBuf {
+    root.join(format!("kept-{image}.raw"))
 }

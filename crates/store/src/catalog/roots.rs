@@ -87,17 +87,16 @@ impl Catalog {
     /// `Conflict` when the name holds another map than expected.
     pub async fn remove_root(&self, kind: &str, name: &str, expected: Option<ChunkId>) -> Result<bool> {
         let (kind, name) = (kind.to_string(), name.to_string());
-        self.database
-            .write("remove root", move |connection| {
-                let Some(root) = find(connection, &kind, &name)? else { return Ok(false) };
-                if expected.is_some_and(|map| map != root.map) {
-                    return Err(changed(&kind, &name));
-                }
-                let key = [kind.as_str().into(), name.as_str().into()];
-                connection.execute("DELETE FROM root WHERE kind = $1 AND name = $2", &key)?;
-                Ok(true)
-            })
-            .await
+        self.database.write("remove root", move |connection| remove(connection, &kind, &name, expected)).await
+    }
+
+    /// [`Catalog::remove_root`] for a thread that may wait.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn blocking_remove_root(&self, kind: &str, name: &str, expected: Option<ChunkId>) -> Result<bool> {
+        let (kind, name) = (kind.to_string(), name.to_string());
+        self.database.blocking_write("remove root", move |connection| remove(connection, &kind, &name, expected))
     }
 
     /// Gives the root with this map another name.
@@ -129,6 +128,15 @@ impl Catalog {
 }
 
 const COLUMNS: &str = "SELECT kind, name, map, created_us, expires_us, note FROM root";
+
+fn remove(connection: &mut Connection, kind: &str, name: &str, expected: Option<ChunkId>) -> Result<bool> {
+    let Some(root) = find(connection, kind, name)? else { return Ok(false) };
+    if expected.is_some_and(|map| map != root.map) {
+        return Err(changed(kind, name));
+    }
+    connection.execute("DELETE FROM root WHERE kind = $1 AND name = $2", &[kind.into(), name.into()])?;
+    Ok(true)
+}
 
 fn set_root(connection: &mut Connection, root: &NewRoot, now_us: u64) -> Result<()> {
     must_claim(connection, &[root.map], now_us)?;
