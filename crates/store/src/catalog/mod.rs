@@ -97,9 +97,8 @@ impl Catalog {
     /// # Errors
     /// `Invalid` for an entry of another pack; `Conflict` for a pack that is being dropped.
     pub async fn add_pack(&self, pack: PackId, length: u64, now_us: u64, entries: Vec<Entry>) -> Result<Added> {
-        self.database
-            .write_trusted("add pack", move |connection| add_pack(connection, pack, length, now_us, &entries))
-            .await
+        let new = NewPack::new(pack, length, now_us, entries)?;
+        self.database.write_trusted("add pack", move |connection| new.add(connection)).await
     }
 
     /// [`Catalog::add_pack`] for a thread that may wait.
@@ -107,8 +106,8 @@ impl Catalog {
     /// # Errors
     /// As there.
     pub fn blocking_add_pack(&self, pack: PackId, length: u64, now_us: u64, entries: Vec<Entry>) -> Result<Added> {
-        self.database
-            .blocking_write_trusted("add pack", move |connection| add_pack(connection, pack, length, now_us, &entries))
+        let new = NewPack::new(pack, length, now_us, entries)?;
+        self.database.blocking_write_trusted("add pack", move |connection| new.add(connection))
     }
 
     /// Claims chunks that must all be here: before a root that relies on them is set.
@@ -152,45 +151,55 @@ fn places(connection: &mut Connection, ids: &[ChunkId]) -> Result<Vec<Option<Pla
     found.iter().map(|rows| rows.first().map(|row| read_place(row, 0)).transpose()).collect()
 }
 
-fn add_pack(connection: &mut Connection, pack: PackId, length: u64, now_us: u64, entries: &[Entry]) -> Result<Added> {
-    if let Some(wrong) = entries.iter().find(|entry| entry.place.pack != pack) {
-        return Err(Error::invalid(format!("chunk {} is said to lie in another pack than {pack}", wrong.id)));
-    }
-    let new = insert_pack(connection, pack, length, now_us)?;
-    let mut there = Vec::new();
-    if new {
-        // In the table's order, so that neighbours go into a page together.
-        let mut order: Vec<&Entry> = entries.iter().collect();
-        order.sort_unstable_by_key(|entry| entry.id);
-        let rows: Vec<_> = order
-            .iter()
-            .map(|entry| {
-                vec![
-                    blob(&entry.id),
-                    pack_blob(&pack),
-                    entry.place.offset.into(),
-                    entry.place.stored.into(),
-                    entry.place.length.into(),
-                    u32::from(entry.kind).into(),
-                    now_us.into(),
-                ]
-            })
-            .collect();
-        let sql = "INSERT INTO chunk VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING";
-        let inserted = connection.execute_each(sql, &rows)?;
-        let old = order.iter().zip(&inserted).filter(|(_, inserted)| **inserted == 0);
-        there.extend(old.map(|(entry, _)| entry.id));
-    } else {
-        there.extend(entries.iter().map(|entry| entry.id));
-    }
-    let mut added = Added::default();
-    for (id, place) in there.iter().zip(claim(connection, &there, now_us)?) {
-        match place {
-            Some(place) if place.pack != pack => added.elsewhere.push((*id, place)),
-            _ => {}
+/// A pack's rows, made by the caller so that the thread that writes does nothing but write.
+struct NewPack {
+    pack: PackId,
+    length: u64,
+    now_us: u64,
+    /// In the table's order, so that neighbours go into a page together.
+    ids: Vec<ChunkId>,
+    rows: Vec<Vec<Value>>,
+}
+
+impl NewPack {
+    fn new(pack: PackId, length: u64, now_us: u64, mut entries: Vec<Entry>) -> Result<NewPack> {
+        if let Some(wrong) = entries.iter().find(|entry| entry.place.pack != pack) {
+            return Err(Error::invalid(format!("chunk {} is said to lie in another pack than {pack}", wrong.id)));
         }
+        entries.sort_unstable_by_key(|entry| entry.id);
+        let row = |entry: &Entry| {
+            let place = entry.place;
+            vec![
+                blob(&entry.id),
+                pack_blob(&pack),
+                place.offset.into(),
+                place.stored.into(),
+                place.length.into(),
+                u32::from(entry.kind).into(),
+                now_us.into(),
+            ]
+        };
+        let rows = entries.iter().map(row).collect();
+        Ok(NewPack { pack, length, now_us, ids: entries.iter().map(|entry| entry.id).collect(), rows })
     }
-    Ok(added)
+
+    fn add(&self, connection: &mut Connection) -> Result<Added> {
+        let there: Vec<ChunkId> = if insert_pack(connection, self.pack, self.length, self.now_us)? {
+            let sql = "INSERT INTO chunk VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING";
+            let inserted = connection.execute_each(sql, &self.rows)?;
+            self.ids.iter().zip(&inserted).filter(|(_, inserted)| **inserted == 0).map(|(id, _)| *id).collect()
+        } else {
+            self.ids.clone()
+        };
+        let mut added = Added::default();
+        for (id, place) in there.iter().zip(claim(connection, &there, self.now_us)?) {
+            match place {
+                Some(place) if place.pack != self.pack => added.elsewhere.push((*id, place)),
+                _ => {}
+            }
+        }
+        Ok(added)
+    }
 }
 
 /// Adds the row of a pack; whether it was not there before.

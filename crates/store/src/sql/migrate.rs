@@ -9,7 +9,8 @@ use super::{Address, Connection};
 pub struct Component {
     /// As in `schema_version` and in messages.
     pub name: &'static str,
-    /// One entry per version; entry n brings version n to n + 1. In SQLite's words: see [`words_of_postgres`].
+    /// One entry per version; entry n brings version n to n + 1. In SQLite's words; the
+    /// one place that knows PostgreSQL's translates them.
     pub migrations: &'static [&'static str],
     /// Whether SQLite's own `user_version` holds the version too: for files that older versions of Burgeon wrote or
     /// may read.
