@@ -13,7 +13,10 @@ use std::{
 };
 
 use burgeon_api::{Error, Result, VmId, host::Launch};
-use burgeon_qemu::{command::file, nbd::Server};
+use burgeon_qemu::{
+    command::file,
+    nbd::{Owner, Server},
+};
 use burgeon_store::{
     ChunkId,
     catalog::NewRoot,
@@ -124,6 +127,8 @@ impl Disks {
         let size = prepare::disk_size(launch).bytes();
         let disk = Disk::open(&vm.join(LAYERS), size, &[FIRST.to_string()], base.clone())?;
         let socket = vm.join(file::QEMU_DIRECTORY).join(file::DISK);
+        let made_at = vm.join(file::DISK);
+        let owner = owner.map(|user| Owner { user, made_at: &made_at });
         let server = Server::start(&socket, Arc::new(disk), owner)?;
         lock(&self.served).insert(launch.id, Served { base, root, _server: server });
         Ok(())

@@ -58,6 +58,32 @@ fn a_killed_host_process_is_followed_by_one_that_adopts() {
     assert!(!is_running(stays));
 }
 
+/// The host process serves the disk. While there is none the guest waits, and what it was told is written stays.
+#[test]
+fn a_guest_does_not_notice_that_the_server_of_its_disk_was_killed() {
+    let lab = Lab::new(&["debian-minimal"]);
+    lab.vm("debian-minimal", "writer", "worker");
+    let run = |script: &str| lab.run(&["exec", "writer", "--", "/bin/sh", "-c", script]);
+    run("nohup sh -c 'i=0; while [ $i -lt 400 ]; do dd if=/dev/urandom of=/root/$i bs=64k count=1 conv=fsync; \
+         sha256sum /root/$i >>/root/sums; i=$((i+1)); done; sync; echo >/root/done' >/dev/null 2>&1 &")
+    .good();
+    for _ in 0..3 {
+        let host = lab.pid("host");
+        kill(host, "KILL");
+        until("another host process serves", || lab.pid("host") != host);
+        until("the VM is adopted", || lab.json(&["vm", "show", "writer"])["state"] == "running");
+    }
+    until("all is written", || run("test -e /root/done").code == 0);
+    // From the disk, not from the guest's memory.
+    run("echo 3 >/proc/sys/vm/drop_caches; sha256sum --quiet -c /root/sums && test $(wc -l </root/sums) = 400").good();
+    let said = run("dmesg | grep -iE 'i/o error|blk_update|EXT4-fs error'");
+    assert_eq!((said.code, said.stdout.as_str()), (1, ""));
+    // A disk that is stopped and started is the same.
+    lab.run(&["vm", "stop", "writer"]).good();
+    lab.run(&["vm", "start", "writer"]).good();
+    run("sha256sum --quiet -c /root/sums").good();
+}
+
 #[test]
 fn a_killed_vm_is_told_with_its_reason() {
     let lab = Lab::new(&["tiny"]);

@@ -51,11 +51,12 @@ impl Lab {
             let from = cached_image(image);
             let to = lab.data().join("images").join(image);
             fs::create_dir_all(&to).unwrap();
-            for entry in fs::read_dir(from).unwrap() {
+            for entry in fs::read_dir(&from).unwrap() {
                 let entry = entry.unwrap();
                 let to = to.join(entry.file_name());
-                fs::hard_link(entry.path(), &to).or_else(|_| fs::copy(entry.path(), &to).map(drop)).unwrap();
+                link(&entry.path(), &to);
             }
+            copy_store(&from.join("../../store"), &lab.data().join("store"));
         }
         lab
     }
@@ -226,6 +227,32 @@ impl Drop for Lab {
         let begun = Instant::now();
         while !self.qemus().is_empty() && begun.elapsed() < Duration::from_secs(10) {
             std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+fn link(from: &Path, to: &Path) {
+    fs::hard_link(from, to).or_else(|_| fs::copy(from, to).map(drop)).unwrap();
+}
+
+/// The store of the cache, for a lab of its own: the catalog as it is at one moment, then the packs, which never change.
+fn copy_store(from: &Path, to: &Path) {
+    if to.exists() || !from.join("catalog.db").exists() {
+        return;
+    }
+    fs::create_dir_all(to).unwrap();
+    let catalog = rusqlite::Connection::open(from.join("catalog.db")).unwrap();
+    catalog.busy_timeout(Duration::from_secs(10)).unwrap();
+    catalog.execute("VACUUM INTO ?1", [to.join("catalog.db").to_str().unwrap()]).unwrap();
+    // Images without a disk make no packs.
+    for folder in fs::read_dir(from.join("packs")).into_iter().flatten().map(Result::unwrap) {
+        let into = to.join("packs").join(folder.file_name());
+        fs::create_dir_all(&into).unwrap();
+        for pack in fs::read_dir(folder.path()).unwrap().map(Result::unwrap) {
+            // One that is being written has a dot in front, and is named by no catalog yet.
+            if !pack.file_name().to_string_lossy().starts_with('.') {
+                link(&pack.path(), &into.join(pack.file_name()));
+            }
         }
     }
 }

@@ -11,7 +11,7 @@ mod session;
 
 use std::io;
 
-pub use server::Server;
+pub use server::{Owner, Server};
 
 /// What is served. Calls block, come from several threads, and may overlap.
 pub trait Export: Send + Sync + 'static {

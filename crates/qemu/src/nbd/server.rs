@@ -49,26 +49,34 @@ pub struct Server {
     accepting: Option<JoinHandle<()>>,
 }
 
+/// The user who gets a server's socket, and where it is made before it is that user's.
+#[derive(Clone, Copy, Debug)]
+pub struct Owner<'a> {
+    pub user: u32,
+    /// A path in a directory where nobody else can put anything; the socket is moved from there to its place. In a
+    /// directory of the user's own, another file could take its name before it is given away.
+    pub made_at: &'a Path,
+}
+
 impl Server {
-    /// Serves `export` on a new socket, which replaces one that was left behind. Where `owner` is given, the socket
-    /// becomes that user's.
+    /// Serves `export` on a new socket, which replaces one that was left behind.
     ///
     /// # Errors
     /// Where the socket cannot be made.
-    pub fn start(socket: &Path, export: Arc<dyn Export>, owner: Option<u32>) -> Result<Server> {
+    pub fn start(socket: &Path, export: Arc<dyn Export>, owner: Option<Owner<'_>>) -> Result<Server> {
         let failed = |error: io::Error| Error::io(format!("serve a disk on {}", socket.display()), &error);
-        match fs::symlink_metadata(socket) {
-            Ok(old) if old.file_type().is_socket() => fs::remove_file(socket).map_err(failed)?,
+        let made_at = owner.map_or(socket, |owner| owner.made_at);
+        match fs::symlink_metadata(made_at) {
+            Ok(old) if old.file_type().is_socket() => fs::remove_file(made_at).map_err(failed)?,
             Ok(_) => {
-                return Err(Error::refused(format!("{} is there and is no socket", socket.display()))
+                return Err(Error::refused(format!("{} is there and is no socket", made_at.display()))
                     .with_hint("choose another path, or remove it"));
             }
             Err(_) => {}
         }
-        let listener = Arc::new(UnixListener::bind(socket).map_err(failed)?);
-        if let Some(owner) = owner {
-            // Never through a link: the directory may be that user's.
-            lchown(socket, Some(owner), None).map_err(failed)?;
+        let listener = Arc::new(UnixListener::bind(made_at).map_err(failed)?);
+        if let Some(Owner { user, made_at }) = owner {
+            lchown(made_at, Some(user), None).and_then(|()| fs::rename(made_at, socket)).map_err(failed)?;
         }
         let shared = Arc::new(Shared {
             export,

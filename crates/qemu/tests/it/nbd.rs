@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use burgeon_qemu::nbd::Server;
+use burgeon_qemu::nbd::{Owner, Server};
 use burgeon_store::disk::{Disk, Nothing};
 
 const SIZE: u64 = 48 << 20;
@@ -90,6 +90,15 @@ fn tools_of_others_read_what_others_wrote() {
     assert!(output.status.success() && !said.contains("verification failed") && !said.contains("rror"), "{said}");
     drop(server);
     assert!(!at.join("disk.sock").exists());
+    // Given to a user, it is made in another place first; whatever had its name is replaced.
+    fs::write(at.join("disk.sock"), "in the way").unwrap();
+    let owner = Owner { user: rustix::process::geteuid().as_raw(), made_at: &at.join("elsewhere") };
+    let server = Server::start(&at.join("disk.sock"), disk.clone(), Some(owner)).unwrap();
+    assert!(tool(at, "nbdinfo --size nbd+unix:///?socket=disk.sock").contains("50331648"));
+    assert!(!at.join("elsewhere").exists());
+    drop(server);
+    fs::write(at.join("disk.sock"), "in the way").unwrap();
+    assert!(Server::start(&at.join("disk.sock"), disk.clone(), None).is_err());
     let mut bytes = [0; 3];
     disk.read(4095, &mut bytes).unwrap();
     assert_eq!(bytes, *b"aaa");
