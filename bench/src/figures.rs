@@ -4,12 +4,15 @@
 //! The first turn of each is not counted.
 
 use std::{
+    collections::BTreeMap,
+    fs,
+    os::unix::fs::MetadataExt,
     path::Path,
     process::Command,
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use burgeon_api::{
     ByteSize,
     profile::{Init, Profile},
@@ -18,9 +21,12 @@ use burgeon_api::{
 use clap::ValueEnum;
 
 use crate::{
+    catalog, disk,
+    material::millions,
     product::{self, Vm},
-    report::{Result as Measured, Samples, Sense, talk},
+    report::{NO_VM, Result as Measured, Samples, Sense, talk},
     rival::{Machine, Running},
+    store,
     workspace::{self, Workspace},
 };
 
@@ -35,10 +41,19 @@ const FILE: &str = "/tmp/file";
 pub(crate) enum Figure {
     ColdBootTiny,
     ColdBootDebian,
+    BootBytes,
     ExecRoundtrip,
     ChannelOut,
     ChannelIn,
     ImageBuild,
+    Ingest,
+    ColdRead,
+    CacheRead,
+    RebuildNewBytes,
+    MetaInserts,
+    DiskClone,
+    NbdReadRatio,
+    NbdWriteRatio,
 }
 
 impl Figure {
@@ -46,18 +61,35 @@ impl Figure {
         match self {
             Figure::ColdBootTiny => "cold_boot_tiny",
             Figure::ColdBootDebian => "cold_boot_debian",
+            Figure::BootBytes => "boot_bytes",
             Figure::ExecRoundtrip => "exec_roundtrip",
             Figure::ChannelOut => "channel_out",
             Figure::ChannelIn => "channel_in",
             Figure::ImageBuild => "image_build",
+            Figure::Ingest => "ingest",
+            Figure::ColdRead => "cold_read",
+            Figure::CacheRead => "cache_read",
+            Figure::RebuildNewBytes => "rebuild_new_bytes",
+            Figure::MetaInserts => "meta_inserts",
+            Figure::DiskClone => "disk_clone",
+            Figure::NbdReadRatio => "nbd_read_ratio",
+            Figure::NbdWriteRatio => "nbd_write_ratio",
         }
     }
 
     /// What is timed, for people.
     pub(crate) fn what(self) -> &'static str {
         match self {
-            Figure::ColdBootTiny | Figure::ColdBootDebian => {
+            Figure::ColdBootTiny => {
                 "from POST /v1/vms to the answer that the VM runs; QEMU by hand: from its start to the agent's first byte"
+            }
+            Figure::ColdBootDebian => {
+                "as cold_boot_tiny; what a boot reads of the disk is in memory for both after the turn that is not \
+                 counted: ours in the store's cache, QEMU's in a raw file below an empty qcow2 overlay"
+            }
+            Figure::BootBytes => {
+                "bytes fetched from the store, with an empty cache, until the VM runs, as a share of the image's bytes \
+                 that are not zeros; QEMU by hand: bytes its guest has read of a raw file and overlay at that point"
             }
             Figure::ExecRoundtrip => {
                 "an exec session of \"true\" by the HTTP API; raw port: a shell in the guest runs /bin/busybox true"
@@ -65,69 +97,168 @@ impl Figure {
             Figure::ChannelOut => "64 MiB of a tmpfs file in the guest to the host by GET; raw port: dd bs=64k",
             Figure::ChannelIn => "64 MiB from the host to a tmpfs file in the guest by PUT; raw port: dd bs=64k",
             Figure::ImageBuild => "burgeon image build --force images/debian-minimal.toml, packages in the cache",
+            Figure::Ingest => {
+                "256 MiB of /usr/lib from memory into an empty store, durable, by CPU time of all threads; \
+                 raw: BLAKE3 and zstd -1 of pieces of 16 KiB, in memory"
+            }
+            Figure::ColdRead => {
+                "the same bytes from a store opened anew, packs in the page cache, verified, by CPU time; \
+                 raw: zstd and BLAKE3 of pieces of 16 KiB, in memory"
+            }
+            Figure::CacheRead => "the second read of the same bytes through a disk, in 64 KiB; pread: of a plain file",
+            Figure::RebuildNewBytes => {
+                "new plain bytes in the store, map included, for an ext4 image of 150 MiB of files built again with an \
+                 insert into one file of twenty and 4 MB more; floor: its 4 KiB blocks that the old one has not"
+            }
+            Figure::MetaInserts => {
+                "chunks added to the catalog by 16 callers, 250 each time, each durable before the next; \
+                 SQLite alone: the same rows and groups"
+            }
+            Figure::DiskClone => {
+                "a 10 GiB disk sealed under a new layer, durable, with 64 KiB written since the last time; \
+                 qemu-img create -b: an overlay, not synced; sync_ms: one fdatasync of 64 KiB written"
+            }
+            Figure::NbdReadRatio => {
+                "random reads of 4 KiB, 16 at a time, by fio, of a layer of 1 GiB; qemu-nbd: of a raw file, writeback"
+            }
+            Figure::NbdWriteRatio => {
+                "random writes of 4 KiB, 16 at a time, by fio, to a layer of 1 GiB; qemu-nbd: to a raw file, writeback"
+            }
         }
     }
 
     fn unit(self) -> &'static str {
         match self {
-            Figure::ColdBootTiny | Figure::ColdBootDebian | Figure::ExecRoundtrip => "ms",
-            Figure::ChannelOut | Figure::ChannelIn => "MB/s",
+            Figure::ColdBootTiny | Figure::ColdBootDebian | Figure::ExecRoundtrip | Figure::DiskClone => "ms",
+            Figure::ChannelOut | Figure::ChannelIn | Figure::CacheRead => "MB/s",
+            Figure::Ingest | Figure::ColdRead => "MB/s of a core",
             Figure::ImageBuild => "s",
+            Figure::BootBytes => "%",
+            Figure::RebuildNewBytes => "MB",
+            Figure::MetaInserts => "1/s",
+            Figure::NbdReadRatio | Figure::NbdWriteRatio => "IOPS",
         }
     }
 
     fn sense(self) -> Sense {
         match self {
-            Figure::ChannelOut | Figure::ChannelIn => Sense::MoreIsBetter,
-            _ => Sense::LessIsBetter,
+            Figure::ColdBootTiny
+            | Figure::ColdBootDebian
+            | Figure::BootBytes
+            | Figure::ExecRoundtrip
+            | Figure::ImageBuild
+            | Figure::RebuildNewBytes
+            | Figure::DiskClone => Sense::LessIsBetter,
+            _ => Sense::MoreIsBetter,
         }
     }
 
     fn rival(self) -> &'static str {
         match self {
-            Figure::ColdBootTiny | Figure::ColdBootDebian => "qemu by hand",
+            Figure::ColdBootTiny | Figure::ColdBootDebian | Figure::BootBytes => "qemu by hand",
             Figure::ExecRoundtrip | Figure::ChannelOut | Figure::ChannelIn => "raw virtio-serial",
             Figure::ImageBuild => "mmdebstrap",
+            Figure::Ingest | Figure::ColdRead => "raw blake3, zstd",
+            Figure::CacheRead => "pread",
+            Figure::RebuildNewBytes => "new 4 KiB blocks",
+            Figure::MetaInserts => "SQLite alone",
+            Figure::DiskClone => "qemu-img create -b",
+            Figure::NbdReadRatio | Figure::NbdWriteRatio => "qemu-nbd",
         }
     }
 
     /// The target: its text, the ratio to the rival or the median that reaches it.
     fn target(self) -> (&'static str, Option<f64>, Option<f64>) {
         match self {
-            Figure::ColdBootTiny | Figure::ColdBootDebian => ("ratio at most 1.10", Some(1.10), None),
+            Figure::ColdBootTiny | Figure::ColdBootDebian | Figure::RebuildNewBytes => {
+                ("ratio at most 1.10", Some(1.10), None)
+            }
+            Figure::BootBytes => ("median at most 1 %", None, Some(1.0)),
             Figure::ExecRoundtrip => ("median at most 5 ms", None, Some(5.0)),
             Figure::ChannelOut | Figure::ChannelIn => ("ratio at least 0.85", Some(0.85), None),
             Figure::ImageBuild => ("median at most 30 s", None, Some(30.0)),
+            Figure::Ingest => ("median at least 300 MB/s", None, Some(300.0)),
+            Figure::ColdRead => ("median at least 750 MB/s", None, Some(750.0)),
+            Figure::CacheRead => ("median at least 2000 MB/s", None, Some(2000.0)),
+            Figure::MetaInserts => ("median at least 150,000/s", None, Some(150_000.0)),
+            Figure::DiskClone => ("median at most 0.5 ms and sync_ms", None, None),
+            Figure::NbdReadRatio | Figure::NbdWriteRatio => ("ratio at least 0.80", Some(0.80), None),
         }
+    }
+}
+
+/// What the two sides did.
+pub(crate) struct Outcome {
+    samples: Samples,
+    /// Where a VM took part.
+    accelerator: Option<Accelerator>,
+    /// Where the target depends on what was measured.
+    median_target: Option<f64>,
+    more: BTreeMap<&'static str, f64>,
+}
+
+impl Outcome {
+    pub(crate) fn of(samples: Samples) -> Outcome {
+        Outcome { samples, accelerator: None, median_target: None, more: BTreeMap::new() }
+    }
+
+    /// Tells more of what was measured.
+    pub(crate) fn with<const COUNT: usize>(mut self, more: [(&'static str, f64); COUNT]) -> Outcome {
+        self.more.extend(more);
+        self
+    }
+
+    /// Sets the median that reaches the target.
+    pub(crate) fn at_most(mut self, median: f64) -> Outcome {
+        self.median_target = Some(median);
+        self
+    }
+}
+
+impl From<(Samples, Accelerator)> for Outcome {
+    fn from((samples, accelerator): (Samples, Accelerator)) -> Outcome {
+        Outcome { accelerator: Some(accelerator), ..Outcome::of(samples) }
     }
 }
 
 /// Measures one figure on both sides.
 pub(crate) fn measure(figure: Figure, workspace: &Workspace, runs: u32) -> Result<Measured> {
-    let (samples, accelerator) = match figure {
-        Figure::ColdBootTiny => cold_boot(workspace, runs, "tiny", &Profile::named("tiny")?)?,
-        Figure::ColdBootDebian => cold_boot(workspace, runs, "debian-minimal", &Profile::named("default")?)?,
-        Figure::ExecRoundtrip => exec_roundtrip(workspace, runs)?,
-        Figure::ChannelOut => channel_out(workspace, runs)?,
-        Figure::ChannelIn => channel_in(workspace, runs)?,
-        Figure::ImageBuild => image_build(workspace, runs)?,
+    let outcome = match figure {
+        Figure::ColdBootTiny => cold_boot(workspace, runs, "tiny", &Profile::named("tiny")?)?.into(),
+        Figure::ColdBootDebian => cold_boot(workspace, runs, "debian-minimal", &Profile::named("default")?)?.into(),
+        Figure::BootBytes => boot_bytes(workspace, runs)?,
+        Figure::ExecRoundtrip => exec_roundtrip(workspace, runs)?.into(),
+        Figure::ChannelOut => channel_out(workspace, runs)?.into(),
+        Figure::ChannelIn => channel_in(workspace, runs)?.into(),
+        Figure::ImageBuild => image_build(workspace, runs)?.into(),
+        Figure::Ingest => store::ingest(workspace, runs)?,
+        Figure::ColdRead => store::cold_read(workspace, runs)?,
+        Figure::CacheRead => store::cache_read(workspace, runs)?,
+        Figure::RebuildNewBytes => store::rebuild(workspace)?,
+        Figure::MetaInserts => catalog::meta_inserts(workspace, runs)?,
+        Figure::DiskClone => disk::clone(workspace, runs)?,
+        Figure::NbdReadRatio => disk::nbd(workspace, runs, "randread")?,
+        Figure::NbdWriteRatio => disk::nbd(workspace, runs, "randwrite")?,
     };
-    Ok(samples.result(
+    let (target, ratio_target, median_target) = figure.target();
+    let mut result = outcome.samples.result(
         figure.name(),
         figure.unit(),
         figure.rival(),
-        accelerator.name(),
+        outcome.accelerator.map_or(NO_VM, Accelerator::name),
         figure.sense(),
-        figure.target(),
-    ))
+        (target, ratio_target, outcome.median_target.or(median_target)),
+    );
+    result.more = outcome.more;
+    Ok(result)
 }
 
-/// Takes turns: one that is not counted, then `runs`. `of` makes the figure of a time.
-fn take_turns(
+/// Takes turns: one that is not counted, then `runs`. `of` makes the figure of what a turn tells.
+pub(crate) fn take_turns<T>(
     runs: u32,
-    of: impl Fn(Duration) -> f64,
-    mut ours: impl FnMut() -> Result<Duration>,
-    mut theirs: Option<&mut dyn FnMut() -> Result<Duration>>,
+    of: impl Fn(T) -> f64,
+    mut ours: impl FnMut() -> Result<T>,
+    mut theirs: Option<&mut dyn FnMut() -> Result<T>>,
 ) -> Result<Samples> {
     let mut samples = Samples::default();
     for run in 0..=runs {
@@ -137,20 +268,20 @@ fn take_turns(
         {
             first = Some(theirs()?);
         }
-        let our_time = ours()?;
-        let their_time = match (first, &mut theirs) {
+        let our_turn = ours()?;
+        let their_turn = match (first, &mut theirs) {
             (None, Some(theirs)) => Some(theirs()?),
             (first, _) => first,
         };
         if run > 0 {
-            samples.ours.push(of(our_time));
-            samples.theirs.extend(their_time.map(&of));
+            samples.ours.push(of(our_turn));
+            samples.theirs.extend(their_turn.map(&of));
         }
     }
     Ok(samples)
 }
 
-fn milliseconds(time: Duration) -> f64 {
+pub(crate) fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
@@ -179,6 +310,49 @@ fn cold_boot(workspace: &Workspace, runs: u32, image: &str, profile: &Profile) -
         Ok(took)
     };
     Ok((take_turns(runs, milliseconds, ours, Some(&mut theirs))?, accelerator))
+}
+
+/// Bytes that the files in the store's cache take.
+fn cached_bytes(workspace: &Workspace) -> Result<u64> {
+    let mut sum = 0;
+    for entry in fs::read_dir(workspace.data().join("store/cache")).context("look into the store's cache")? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|end| end == "data") {
+            sum += fs::metadata(&path)?.blocks() * 512;
+        }
+    }
+    Ok(sum)
+}
+
+fn boot_bytes(workspace: &Workspace, runs: u32) -> Result<Outcome> {
+    let image = "debian-minimal";
+    let profile = Profile::named("default")?;
+    product::image(workspace, image)?;
+    let (vm, _) = product::boot(workspace, image, &profile)?;
+    let machine = Machine::like(workspace, &vm, "by-hand")?;
+    let accelerator = vm.accelerator;
+    vm.remove()?;
+    let (image_store, map) = store::image(workspace, image)?.context("the image's disk is not in the store")?;
+    let stored = store::data_bytes(&image_store, &map)?;
+    let share = |bytes: u64| bytes as f64 / stored as f64 * 100.0;
+    let ours = || {
+        workspace.stop_server()?;
+        // With it goes the record of what the first boot has read: nothing is fetched ahead.
+        fs::remove_dir_all(workspace.data().join("store/cache")).context("empty the store's cache")?;
+        let (vm, _) = product::boot(workspace, image, &profile)?;
+        let fetched = cached_bytes(workspace)?;
+        vm.remove()?;
+        Ok(fetched)
+    };
+    let mut theirs = || {
+        machine.prepare(workspace)?;
+        let (running, _) = machine.boot(workspace, "agent.sock")?;
+        machine.bytes_read().inspect(|_| drop(running))
+    };
+    let samples = take_turns(runs, share, ours, Some(&mut theirs))?;
+    let fetched = millions(stored) * samples.median() / 100.0;
+    Ok(Outcome { accelerator: Some(accelerator), ..Outcome::of(samples) }
+        .with([("image_mb", millions(stored)), ("fetched_mb", fetched)]))
 }
 
 /// A VM of ours and one of the rival's, of the same shape, side by side; idle while the other is measured.
@@ -290,7 +464,7 @@ fn image_build(workspace: &Workspace, runs: u32) -> Result<(Samples, Accelerator
 /// A tar file of the same system, packages kept between runs as mmdebstrap(1) advises. Its scripts run on the host's CPU.
 fn mmdebstrap(workspace: &Workspace) -> Result<Duration> {
     let cache = workspace.path("mmdebstrap-cache");
-    std::fs::create_dir_all(&cache)?;
+    fs::create_dir_all(&cache)?;
     let mut command = Command::new("mmdebstrap");
     command.args(["--variant=minbase", "--include=iproute2,kmod,systemd-sysv,udev,linux-image-cloud-amd64"]).args([
         "--skip=essential/unlink",

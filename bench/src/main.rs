@@ -1,16 +1,22 @@
 //! Measures Burgeon and, run by run beside it, a rival: plain QEMU started by hand with the same kernel,
 //! image, devices and accelerator. The product is driven as a user drives it: the `burgeon` program, its
-//! HTTP API, a data directory of its own. Nothing of Burgeon's server is linked in.
+//! HTTP API, a data directory of its own. Only the store and the server of disks are linked in as well: their
+//! rivals are the raw mechanisms (hash and compress, pread, SQLite, qemu-img, qemu-nbd).
 //!
-//! [`workspace`] owns all that must vanish at the end; [`product`] and [`rival`] are the two sides;
-//! [`figures`] says what is measured and how; [`report`] computes and prints.
+//! [`workspace`] owns all that must vanish at the end; [`product`] and [`rival`] are the two sides of a VM;
+//! [`figures`] says what is measured and how; [`store`], [`disk`] and [`catalog`] measure what is linked in;
+//! [`report`] computes and prints.
 #![forbid(unsafe_code)]
 
+mod catalog;
+mod disk;
 mod figures;
 mod http;
+mod material;
 mod product;
 mod report;
 mod rival;
+mod store;
 mod workspace;
 
 use std::{
@@ -26,7 +32,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{figures::Figure, workspace::Workspace};
 
-/// Measure Burgeon beside plain QEMU.
+/// Measure Burgeon beside plain QEMU and raw mechanisms.
 ///
 /// Figures go to standard output, talk to standard error. With BURGEON_TEST_CACHE set, packages are taken
 /// from the data directory that it names, and kept there.

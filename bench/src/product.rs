@@ -24,6 +24,7 @@ pub(crate) struct Vm {
     id: VmId,
     pub(crate) accelerator: Accelerator,
     pub(crate) directory: PathBuf,
+    pub(crate) image: String,
     /// QEMU's program and arguments, as /proc tells them.
     pub(crate) command_line: Vec<String>,
 }
@@ -66,7 +67,8 @@ pub(crate) fn boot(workspace: &Workspace, image: &str, profile: &Profile) -> Res
     let command_line = words.split_terminator('\0').map(str::to_string).collect();
     let text = id.uuid().simple().to_string();
     let directory = workspace.data().join("vms").join(&text[20..]).join("q");
-    Ok((Vm { client, id, accelerator: on_host.accelerator, directory, command_line }, took))
+    let vm = Vm { client, id, accelerator: on_host.accelerator, directory, image: image.into(), command_line };
+    Ok((vm, took))
 }
 
 impl Vm {

@@ -1,6 +1,6 @@
 //! Medians, and how they are told: a table for people, a JSON object per line for machines.
 
-use std::io::Write;
+use std::{collections::BTreeMap, io::Write};
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde::Serialize;
@@ -17,6 +17,9 @@ pub(crate) enum Sense {
     LessIsBetter,
     MoreIsBetter,
 }
+
+/// The accelerator of figures without a VM.
+pub(crate) const NO_VM: &str = "none";
 
 /// One figure. The fields' names are what machines read.
 #[derive(Debug, Serialize)]
@@ -36,6 +39,9 @@ pub(crate) struct Result {
     reached: bool,
     /// The load average of the last minute, when the figure was done.
     load: f64,
+    /// What else was measured with it.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) more: BTreeMap<&'static str, f64>,
 }
 
 fn median(values: &[f64]) -> Option<f64> {
@@ -83,6 +89,7 @@ impl Samples {
             target,
             reached: by_ratio && median_target.is_none_or(|target| reaches(ours, target)),
             load: load_average(),
+            more: BTreeMap::new(),
         }
     }
 }
@@ -134,12 +141,21 @@ pub(crate) fn print_table(results: &[Result], load_before: f64) {
             if result.reached { "reached" } else { "missed" }.to_string(),
         ]);
     }
-    let accelerator = results.first().map_or("", |result| result.accelerator);
+    let accelerator = results.iter().map(|result| result.accelerator).find(|name| *name != NO_VM).unwrap_or(NO_VM);
+    let more: String = results
+        .iter()
+        .filter(|result| !result.more.is_empty())
+        .map(|result| {
+            let words: Vec<String> =
+                result.more.iter().map(|(name, value)| format!("{name} {}", number(*value))).collect();
+            format!("\n{}: {}", result.name, words.join(", "))
+        })
+        .collect();
     let cpus = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
     let load_after = load_average();
     // A reader that has left is no error.
     drop(print(&format!(
-        "{table}\n\naccelerator {accelerator}, {cpus} CPUs, load average {load_before:.2} before, {load_after:.2} after"
+        "{table}\n{more}\naccelerator {accelerator}, {cpus} CPUs, load average {load_before:.2} before, {load_after:.2} after"
     )));
 }
 

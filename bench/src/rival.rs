@@ -6,7 +6,7 @@
 
 use std::{
     fs,
-    io::{Read, Write},
+    io::{BufRead, BufReader, Read, Write},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Child, Command},
@@ -18,6 +18,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
     product::Vm,
+    store,
     workspace::{self, Workspace, link},
 };
 
@@ -48,6 +49,16 @@ while read -r word <&3; do
 done
 "#;
 
+/// How the argument of a disk begins that the host process serves, and what stands in its place for a disk in two
+/// files: an empty overlay above a raw base.
+const SERVED_DISK: &str = "driver=nbd,node-name=disk,";
+const DISK_IN_FILES: [&str; 4] = [
+    "driver=file,node-name=base-file,filename=base.raw,read-only=on,auto-read-only=off",
+    "driver=raw,node-name=base,file=base-file,read-only=on",
+    "driver=file,node-name=disk-file,filename=disk.qcow2,discard=unmap",
+    "driver=qcow2,node-name=disk,file=disk-file,backing=base,discard=unmap",
+];
+
 /// How to start a VM by hand.
 pub(crate) struct Machine {
     directory: PathBuf,
@@ -71,8 +82,18 @@ impl Machine {
             }
         }
         let (program, arguments) = vm.command_line.split_first().context("the VM has no command line")?;
-        let disk = fs::metadata(directory.join("base.raw")).ok().map(|base| base.len());
-        Ok(Machine { directory, program: program.clone(), arguments: arguments.to_vec(), disk })
+        let mut arguments = arguments.to_vec();
+        let mut disk = fs::metadata(directory.join("base.raw")).ok().map(|base| base.len());
+        if let Some(place) = arguments.iter().position(|word| word.starts_with(SERVED_DISK)) {
+            let (store, map) = store::image(workspace, &vm.image)?.context("a served disk without an image of it")?;
+            store::export(&store, map, &directory.join("base.raw"))?;
+            // As large as the VM's own: its layer has the size of the disk.
+            let layer = vm.directory.with_file_name("disk").join("layer-0.data");
+            disk = Some(fs::metadata(layer).context("look at the VM's disk")?.len());
+            let files = DISK_IN_FILES.join(" -blockdev ");
+            arguments.splice(place..=place, files.split(' ').map(str::to_string));
+        }
+        Ok(Machine { directory, program: program.clone(), arguments, disk })
     }
 
     /// Gives the machine a second port, and the script instead of the agent.
@@ -122,6 +143,30 @@ impl Machine {
                 Err(error.context(format!("QEMU by hand in {}: {}", self.directory.display(), log.trim())))
             }
         }
+    }
+}
+
+impl Machine {
+    /// What the guest that runs has read of its disk, as QEMU's monitor tells.
+    pub(crate) fn bytes_read(&self) -> Result<u64> {
+        let stream = UnixStream::connect(self.directory.join("qmp.sock")).context("connect to the monitor")?;
+        stream.set_read_timeout(Some(ANSWER_DEADLINE))?;
+        let mut lines = BufReader::new(&stream).lines();
+        let mut answer = |request: &str| -> Result<serde_json::Value> {
+            (&stream).write_all(request.as_bytes())?;
+            loop {
+                let line = lines.next().context("the monitor has closed")??;
+                let answer: serde_json::Value = serde_json::from_str(&line)?;
+                if let Some(answer) = answer.get("return") {
+                    return Ok(answer.clone());
+                }
+                ensure!(answer.get("error").is_none(), "the monitor says {line}");
+            }
+        };
+        answer("{\"execute\":\"qmp_capabilities\"}\n")?;
+        let disks = answer("{\"execute\":\"query-blockstats\"}\n")?;
+        let read = |disk: &serde_json::Value| disk["stats"]["rd_bytes"].as_u64();
+        disks.as_array().into_iter().flatten().filter_map(read).max().context("the monitor tells of no disk")
     }
 }
 

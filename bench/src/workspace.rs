@@ -6,7 +6,7 @@ use std::{
     fs,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -32,7 +32,7 @@ pub(crate) struct Workspace {
     /// A data directory whose packages are used and added to.
     cache: Option<PathBuf>,
     stopped: AtomicBool,
-    server: Mutex<Option<std::process::Child>>,
+    server: Mutex<Option<Child>>,
 }
 
 impl Workspace {
@@ -136,19 +136,10 @@ impl Workspace {
         }
     }
 
-    /// Nothing is started from now on, and what runs is ended, so that whoever waits for it goes on.
-    pub(crate) fn interrupt(&self) {
-        self.stopped.store(true, Ordering::SeqCst);
-        self.kill_all();
-    }
-
-    /// Ends everything and removes the directory.
-    pub(crate) fn clean_up(&self) -> Result<()> {
-        self.stopped.store(true, Ordering::SeqCst);
+    /// Ends the server and its processes; the next call of [`Self::server`] starts it again.
+    pub(crate) fn stop_server(&self) -> Result<()> {
         let server = self.server.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(mut server) = server {
-            // VMs outlive a server on purpose, so they go first.
-            self.kill_others(server.id());
             let pid = i32::try_from(server.id()).ok().and_then(Pid::from_raw);
             let asked = pid.is_some_and(|pid| kill_process(pid, Signal::TERM).is_ok());
             let deadline = Instant::now() + SERVER_END;
@@ -158,6 +149,24 @@ impl Workspace {
             self.kill_all();
             server.wait()?;
         }
+        Ok(())
+    }
+
+    /// Nothing is started from now on, and what runs is ended, so that whoever waits for it goes on.
+    pub(crate) fn interrupt(&self) {
+        self.stopped.store(true, Ordering::SeqCst);
+        self.kill_all();
+    }
+
+    /// Ends everything and removes the directory.
+    pub(crate) fn clean_up(&self) -> Result<()> {
+        self.stopped.store(true, Ordering::SeqCst);
+        let server = self.server.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Child::id);
+        if let Some(server) = server {
+            // VMs outlive a server on purpose, so they go first.
+            self.kill_others(server);
+        }
+        self.stop_server()?;
         self.kill_all();
         fs::remove_dir_all(self.directory.path()).with_context(|| format!("remove {}", self.directory.path().display()))
     }

@@ -36,7 +36,7 @@ use crate::{
 };
 
 /// Part of every image's recipe digest: raise it when the same recipe gives other bytes.
-const BUILDER: &str = "burgeon image builder 3";
+const BUILDER: &str = "burgeon image builder 4";
 
 /// What to build, and where.
 #[derive(Clone, Debug)]
