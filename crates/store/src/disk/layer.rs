@@ -194,16 +194,26 @@ impl Layer {
         if live {
             return Ok(());
         }
-        for word in 0..self.states.words() {
-            let mut old = [0; 8];
-            self.map.read_exact_at(&mut old, self.live_at(word)).map_err(failed)?;
-            let value = self.states.word(word).to_le_bytes();
-            if old != value {
-                self.map.write_all_at(&value, self.live_at(word)).map_err(failed)?;
-            }
-        }
+        self.forget_live().map_err(failed)?;
         self.map.sync_data().map_err(failed)?;
         self.map.write_all_at(&self.header(boot), 0).map_err(failed)
+    }
+
+    /// Makes the live states what the synced ones are.
+    fn forget_live(&self) -> io::Result<()> {
+        let (mut live, mut synced) = (vec![0; 64 << 10], vec![0; 64 << 10]);
+        let mut word = 0;
+        while word < self.states.words() {
+            let count = (self.states.words() - word).min(live.len() as u64 / 8);
+            let bytes = usize::try_from(count * 8).unwrap_or(0);
+            self.map.read_exact_at(&mut live[..bytes], self.live_at(word))?;
+            self.map.read_exact_at(&mut synced[..bytes], self.synced_at(word))?;
+            if live[..bytes] != synced[..bytes] {
+                self.map.write_all_at(&synced[..bytes], self.live_at(word))?;
+            }
+            word += count;
+        }
+        Ok(())
     }
 
     /// Reads states into memory. Where they are the live ones, what differs from the synced ones is dirty.
