@@ -68,7 +68,8 @@ pub(super) async fn checked(context: &Context, lines: Lines<Progress>) -> Result
         if checked.bytes > 0 {
             said.push(ByteSize(checked.bytes).to_string());
         }
-        output::note(&format!("{} ({:.1} s)", said.join(", "), took.as_secs_f64()));
+        let said = if said.is_empty() { "nothing to check".into() } else { said.join(", ") };
+        output::note(&format!("{said} ({:.1} s)", took.as_secs_f64()));
         tell(&checked.problems);
     }
     Ok(u8::from(!checked.problems.is_empty()))
@@ -79,7 +80,10 @@ fn tell(problems: &[Problem]) {
         output::note(&burgeon_api::path_text::printable(&format!("damaged: {place}: {what}")));
     }
     if !problems.is_empty() {
-        output::note("build or import again what is damaged: chunks that are sound are not stored twice");
+        // A chunk that the catalog knows is not stored anew, however bad its copy is.
+        output::note(
+            "remove the images that need it, run burgeon store gc an hour later, and build or import them again",
+        );
     }
 }
 
