@@ -3,7 +3,12 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, Error, PipelineId, VmId, profile::Profile, vm::Accelerator};
+use crate::{
+    ByteSize, Error, PipelineId, VmId,
+    profile::Profile,
+    store::{Checked, Collected},
+    vm::Accelerator,
+};
 
 /// A setting of a process, and what set it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -118,7 +123,40 @@ pub enum Progress {
     /// A line for the user.
     Note(String),
     Image(Box<crate::image::Image>),
+    Exported(Exported),
+    Collected(Collected),
+    Checked(Checked),
     Failed(Error),
+}
+
+/// `POST /v1/images/{image}/export`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ExportImage {
+    /// Absolute path of the file to make, on the server's machine.
+    pub file: String,
+    /// Replace a file that is there.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// An image's disk as it was written to a file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Exported {
+    pub file: String,
+    /// Bytes of the disk.
+    pub length: u64,
+    /// Bytes that were written; the others are zeros, and holes in the file.
+    pub written: u64,
+}
+
+/// `POST /v1/store/scrub`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ScrubStore {
+    /// Bytes to read in a second, at most; no limit without it.
+    #[serde(default)]
+    pub rate: Option<ByteSize>,
 }
 
 /// A file of a VM, as `GET /v1/vms/{vm}/files?list=true` tells it. Names as in [`crate::path_text`].

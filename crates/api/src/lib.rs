@@ -18,6 +18,7 @@ pub mod pipeline;
 pub mod profile;
 pub mod recipe;
 pub mod size;
+pub mod store;
 pub mod vm;
 
 pub use error::{Error, ErrorKind, Location, Result};

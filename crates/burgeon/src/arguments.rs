@@ -54,6 +54,9 @@ pub enum Command {
     /// Runs of pipelines
     #[command(subcommand)]
     Pipeline(PipelineCommand),
+    /// The store that images' disks are kept in
+    #[command(subcommand)]
+    Store(StoreCommand),
     /// Check what this machine lacks, and say how to mend it
     Doctor,
     /// Show every setting and where it comes from
@@ -256,6 +259,16 @@ pub enum ImageCommand {
         #[arg(long, value_name = "SIZE", default_value = "256G")]
         max_size: ByteSize,
     },
+    /// Write an image's disk to a raw file with holes
+    Export {
+        image: String,
+        file: PathBuf,
+        /// Replace a file that is there
+        #[arg(long, short)]
+        force: bool,
+    },
+    /// Read all of an image and compare it with its names
+    Verify { image: String },
     /// List images
     Ls(ListArguments),
     /// Show everything about an image
@@ -265,6 +278,22 @@ pub enum ImageCommand {
         #[arg(required = true)]
         images: Vec<String>,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum StoreCommand {
+    /// Show what is stored, and how much room it takes
+    Stat,
+    /// Delete what nothing keeps any more
+    Gc,
+    /// Read everything and compare it with its names; exit code 1 for damage
+    Scrub {
+        /// Bytes to read in a second, at most
+        #[arg(long, value_name = "SIZE")]
+        rate: Option<ByteSize>,
+    },
+    /// Check that all that is kept can be found; exit code 1 for damage
+    Fsck,
 }
 
 #[derive(Debug, Subcommand)]

@@ -66,7 +66,11 @@ impl BuildProgress {
                 let text = printable(text);
                 if self.plain { note(&text) } else { self.bar.println(text) }
             }
-            Progress::Image(_) | Progress::Failed(_) => {}
+            Progress::Image(_)
+            | Progress::Exported(_)
+            | Progress::Collected(_)
+            | Progress::Checked(_)
+            | Progress::Failed(_) => {}
         }
     }
 

@@ -4,6 +4,7 @@ mod files;
 mod images;
 mod pipelines;
 mod server;
+mod store;
 mod streams;
 mod vms;
 
@@ -125,6 +126,7 @@ pub(crate) fn routes() -> (Router<Shared>, Value) {
     streams::add(&mut routes);
     files::add(&mut routes);
     images::add(&mut routes);
+    store::add(&mut routes);
     pipelines::add(&mut routes);
     let router = std::mem::take(&mut routes.router).fallback(no_such_route);
     (router, document(routes))

@@ -102,6 +102,7 @@ impl DiskStore for Keeper<'_> {
 }
 
 /// Removes the roots that no image names any more. What only they kept is collected later.
+/// Done before every collection.
 pub(crate) async fn let_go(store: &ChunkStore, data: &DataPaths) -> Result<()> {
     let mut named = HashSet::new();
     for stored in burgeon_image::list(data)? {

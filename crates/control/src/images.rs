@@ -21,7 +21,7 @@ use burgeon_image::{BuildRequest, GuestJob, GuestOutput, GuestRunner, ImportRequ
 use tokio::{runtime::Handle, sync::mpsc, time::timeout};
 
 use crate::{
-    disks::Keeper,
+    disks::{self, Keeper},
     exec_client::{FrameReader, FrameWriter},
     state::{Shared, now_s},
 };
@@ -48,7 +48,9 @@ pub(crate) fn build(state: &Shared, request: &BuildImage) -> Result<mpsc::Receiv
             now_s: now_s(),
         };
         let disks = Keeper { store: &state.store, data: &request.data, cancelled };
-        burgeon_image::build(&request, &tools(), &runner, &disks, progress, cancelled)
+        let image = burgeon_image::build(&request, &tools(), &runner, &disks, progress, cancelled)?;
+        let_go(state);
+        Ok(Progress::Image(Box::new(image)))
     }))
 }
 
@@ -65,7 +67,9 @@ pub(crate) fn import(state: &Shared, request: ImportImage) -> mpsc::Receiver<Pro
             now_s: now_s(),
         };
         let disks = Keeper { store: &state.store, data: &request.data, cancelled };
-        burgeon_image::import(&request, &tools(), &disks, progress, cancelled)
+        let image = burgeon_image::import(&request, &tools(), &disks, progress, cancelled)?;
+        let_go(state);
+        Ok(Progress::Image(Box::new(image)))
     })
 }
 
@@ -73,11 +77,19 @@ fn tools() -> Tools {
     Tools::find(&std::env::var_os("PATH").unwrap_or_default())
 }
 
-type Work = dyn FnOnce(&Shared, &(dyn Fn(Progress) + Sync), &(dyn Fn() -> bool + Sync)) -> Result<Image> + Send;
+/// Lets go of disks that images had before. What stays is tried again before the next collection.
+fn let_go(state: &Shared) {
+    if let Err(error) = Handle::current().block_on(disks::let_go(&state.store, &state.data_paths())) {
+        tracing::warn!(%error, "disks of former images are kept for now");
+    }
+}
 
-fn run(
+type Work = dyn FnOnce(&Shared, &(dyn Fn(Progress) + Sync), &(dyn Fn() -> bool + Sync)) -> Result<Progress> + Send;
+
+/// Runs long work off the runtime's threads, and tells what it does. Its result is the last line.
+pub(crate) fn run(
     state: &Shared,
-    work: impl FnOnce(&Shared, &(dyn Fn(Progress) + Sync), &(dyn Fn() -> bool + Sync)) -> Result<Image> + Send + 'static,
+    work: impl FnOnce(&Shared, &(dyn Fn(Progress) + Sync), &(dyn Fn() -> bool + Sync)) -> Result<Progress> + Send + 'static,
 ) -> mpsc::Receiver<Progress> {
     let work: Box<Work> = Box::new(work);
     let (sender, receiver) = mpsc::channel(256);
@@ -89,7 +101,7 @@ fn run(
         };
         let cancelled = || sender.is_closed() || state.shutdown.is_cancelled();
         let last = match work(&state, &tell, &cancelled) {
-            Ok(image) => Progress::Image(Box::new(image)),
+            Ok(last) => last,
             Err(error) => Progress::Failed(error),
         };
         drop(sender.blocking_send(last));

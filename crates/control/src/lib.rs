@@ -7,11 +7,13 @@
 mod api;
 mod disks;
 pub mod exec_client;
+mod export;
 mod host_client;
 mod images;
 mod pipelines;
 mod reconcile;
 mod state;
+mod store;
 mod transport;
 
 use std::{
@@ -76,6 +78,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
         pipelines: pipelines::Pipelines::default(),
         temporary: watch::Sender::new(BTreeSet::new()),
         busy: Arc::new(AtomicUsize::new(0)),
+        store_work: Arc::new(tokio::sync::Semaphore::new(1)),
         shutdown: shutdown.clone(),
         tasks: TaskTracker::new(),
         layout,

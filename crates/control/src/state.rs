@@ -45,6 +45,8 @@ pub(crate) struct State {
     pub(crate) temporary: watch::Sender<BTreeSet<VmId>>,
     /// Open client connections and long work, for the idle exit.
     pub(crate) busy: Arc<AtomicUsize>,
+    /// One permit: for who collects or checks the whole store.
+    pub(crate) store_work: Arc<tokio::sync::Semaphore>,
     pub(crate) shutdown: CancellationToken,
     pub(crate) tasks: TaskTracker,
 }

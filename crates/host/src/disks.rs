@@ -109,7 +109,8 @@ impl Disks {
             expires_us: None,
             note: String::new(),
         };
-        store.catalog().blocking_set_root(keep, now_us).map_err(|error| {
+        // The image's own root keeps the map now; without it, chunks below the map may be gone though the map is here.
+        store.catalog().blocking_share_root(keep, now_us).map_err(|error| {
             error
                 .context(format!("use the disk of image {}", launch.image.name))
                 .with_hint("build or import the image again")

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use burgeon_api::{
-    Error, Result,
-    http::{BuildImage, ImportImage, Progress, SourceFile},
+    ByteSize, Error, Result,
+    http::{BuildImage, ExportImage, ImportImage, Progress, SourceFile},
     image::{Boot, Image, ImageView},
 };
 
@@ -13,7 +13,6 @@ use crate::{
     arguments::ImageCommand,
     client::{Lines, escape},
     output,
-    progress::BuildProgress,
 };
 
 pub(super) async fn run(context: &Context, command: ImageCommand) -> Result<u8> {
@@ -30,6 +29,12 @@ pub(super) async fn run(context: &Context, command: ImageCommand) -> Result<u8> 
             let request = ImportImage { file, name, max_size };
             let lines = context.client()?.lines("/v1/images/import", Some(&request)).await?;
             follow(context, lines).await
+        }
+        ImageCommand::Export { image, file, force } => export(context, &image, &file, force).await,
+        ImageCommand::Verify { image } => {
+            let path = format!("/v1/images/{}/verify", escape(&image));
+            let lines = context.client()?.lines(&path, Some(&serde_json::json!({}))).await?;
+            super::store::checked(context, lines).await
         }
         ImageCommand::Ls(arguments) => list(context, arguments.quiet).await,
         ImageCommand::Show { image } => show(context, &image).await,
@@ -53,24 +58,29 @@ pub(super) fn source(file: &Path) -> Result<SourceFile> {
     Ok(SourceFile { file: name, text, directory })
 }
 
-async fn follow(context: &Context, mut lines: Lines<Progress>) -> Result<u8> {
-    let mut progress = BuildProgress::new();
-    loop {
-        match lines.next().await? {
-            Some(Progress::Image(image)) => {
-                let took = progress.finish();
-                return finish(context, &image, took);
-            }
-            Some(Progress::Failed(error)) => {
-                progress.finish();
-                return Err(error);
-            }
-            Some(step) => progress.show(&step),
-            None => {
-                return Err(Error::unavailable("the server broke off").with_hint("ask again: what is done is cached"));
-            }
-        }
+async fn follow(context: &Context, lines: Lines<Progress>) -> Result<u8> {
+    match super::store::follow(lines).await? {
+        (Progress::Image(image), took) => finish(context, &image, took),
+        _ => Err(Error::damaged("the server gave a strange answer")),
     }
+}
+
+async fn export(context: &Context, image: &str, file: &Path, force: bool) -> Result<u8> {
+    let file = std::path::absolute(file).map_err(|error| Error::io(format!("find {}", file.display()), &error))?;
+    let file = file.to_str().ok_or_else(|| Error::invalid("the file's path is not UTF-8"))?.to_string();
+    let path = format!("/v1/images/{}/export", escape(image));
+    let lines = context.client()?.lines(&path, Some(&ExportImage { file, force })).await?;
+    let (Progress::Exported(exported), took) = super::store::follow(lines).await? else {
+        return Err(Error::damaged("the server gave a strange answer"));
+    };
+    if context.json {
+        output::json(&exported)?;
+    } else {
+        let (length, written) = (ByteSize(exported.length), ByteSize(exported.written));
+        output::note(&format!("{length}, {written} of them written ({:.1} s)", took.as_secs_f64()));
+        output::print(&format!("{}\n", exported.file));
+    }
+    Ok(0)
 }
 
 fn finish(context: &Context, image: &Image, took: std::time::Duration) -> Result<u8> {

@@ -8,6 +8,7 @@ mod exec;
 mod image;
 mod pipeline;
 mod serve;
+mod store;
 mod vm;
 
 use std::path::PathBuf;
@@ -54,6 +55,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<u8> {
         Command::Pipeline(PipelineCommand::Ls(arguments)) => pipeline::list(&context, arguments.quiet).await,
         Command::Pipeline(PipelineCommand::Show { run }) => pipeline::show(&context, &run).await,
         Command::Pipeline(PipelineCommand::Cancel { run }) => pipeline::cancel(&context, &run).await,
+        Command::Store(command) => store::run(&context, command).await,
         Command::Doctor => doctor::run(&context).await,
         Command::Config(_) => config::show(&context).await,
         Command::Serve(arguments) => serve::serve(&context, arguments).await,

@@ -7,7 +7,7 @@ use axum::{
 };
 use burgeon_api::{
     ByteSize, Error,
-    http::{BuildImage, ImportImage, Progress},
+    http::{BuildImage, ExportImage, ImportImage, Progress},
     image::ImageView,
 };
 
@@ -19,6 +19,7 @@ use crate::state::{Busy, Shared, blocking};
 pub(super) fn add(routes: &mut Routes) {
     let (one, many, progress) =
         (routes.schema::<ImageView>(), routes.schema::<Vec<ImageView>>(), routes.schema::<Progress>());
+    let export_body = routes.schema::<ExportImage>();
     let (build_body, import_body) = (routes.schema::<BuildImage>(), routes.schema::<ImportImage>());
     routes.add("get", "/v1/images", "All images", list).gives(many);
     routes.add("get", "/v1/images/{image}", "One image", show).gives(one);
@@ -31,6 +32,15 @@ pub(super) fn add(routes: &mut Routes) {
     routes
         .add("post", "/v1/images/import", "Make an image of a raw, qcow2 or tar file", import)
         .takes(import_body)
+        .gives(progress.clone())
+        .kind("application/x-ndjson");
+    routes
+        .add("post", "/v1/images/{image}/export", "Write an image's disk to a raw file", export)
+        .takes(export_body)
+        .gives(progress.clone())
+        .kind("application/x-ndjson");
+    routes
+        .add("post", "/v1/images/{image}/verify", "Read all of an image and compare it with its names", verify)
         .gives(progress)
         .kind("application/x-ndjson");
 }
@@ -63,7 +73,25 @@ async fn show(State(state): State<Shared>, Path(image): Path<String>) -> Answer<
 
 async fn remove(State(state): State<Shared>, Path(image): Path<String>) -> Answer<()> {
     let data = state.data_paths();
-    Ok(blocking("remove the image", move || burgeon_image::remove(&data, &image)).await?)
+    blocking("remove the image", move || burgeon_image::remove(&data, &image)).await?;
+    if let Err(error) = crate::disks::let_go(&state.store, &state.data_paths()).await {
+        tracing::warn!(%error, "the disk of a removed image is kept for now");
+    }
+    Ok(())
+}
+
+async fn export(
+    State(state): State<Shared>,
+    Path(image): Path<String>,
+    Json(request): Json<ExportImage>,
+) -> Answer<Response> {
+    let image = state.image(image).await?;
+    Ok(lines(crate::export::export(&state, image, request)?, Busy::new(&state.busy)))
+}
+
+async fn verify(State(state): State<Shared>, Path(image): Path<String>) -> Answer<Response> {
+    let image = state.image(image).await?;
+    Ok(lines(crate::export::verify(&state, image), Busy::new(&state.busy)))
 }
 
 async fn build(State(state): State<Shared>, Json(request): Json<BuildImage>) -> Answer<Response> {

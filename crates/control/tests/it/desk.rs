@@ -4,7 +4,7 @@ use std::{fs, path::PathBuf, time::Duration};
 
 use burgeon_api::{
     Error, Result, VmId,
-    http::CreateVm,
+    http::{CreateVm, Progress},
     image::{Boot, Image},
     profile::Profile,
     vm::VmView,
@@ -99,6 +99,23 @@ impl Desk {
         path: &str,
         body: &serde_json::Value,
     ) -> impl Future<Output = Result<T>> + use<T> {
+        let asking = self.ask_bytes(method, path, body);
+        async move { asking.await.map(|body| serde_json::from_slice(&body).unwrap()) }
+    }
+
+    /// The last line of the answer to long work.
+    pub(crate) async fn work(&self, path: &str, body: &serde_json::Value) -> Result<Progress> {
+        let lines = self.ask_bytes("POST", path, body).await?;
+        let last = lines.split(|byte| *byte == b'\n').rfind(|line| !line.is_empty()).unwrap();
+        Ok(serde_json::from_slice(last).unwrap())
+    }
+
+    fn ask_bytes(
+        &self,
+        method: &str,
+        path: &str,
+        body: &serde_json::Value,
+    ) -> impl Future<Output = Result<Bytes>> + use<> {
         let request = Request::builder()
             .method(method)
             .uri(path)
@@ -116,11 +133,7 @@ impl Desk {
                 let good = response.status().is_success();
                 let body = response.into_body().collect().await.unwrap().to_bytes();
                 let body = if body.is_empty() { Bytes::from_static(b"null") } else { body };
-                if good {
-                    Ok(serde_json::from_slice(&body).unwrap())
-                } else {
-                    Err(serde_json::from_slice::<Error>(&body).unwrap())
-                }
+                if good { Ok(body) } else { Err(serde_json::from_slice::<Error>(&body).unwrap()) }
             };
             timeout(DEADLINE, asking).await.unwrap()
         }

@@ -5,3 +5,4 @@ mod damage;
 mod desk;
 mod host;
 mod reconcile;
+mod store;

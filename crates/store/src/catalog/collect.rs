@@ -64,19 +64,7 @@ impl Catalog {
     /// # Errors
     /// The database's; so for all of these.
     pub async fn chunks_after(&self, cursor: Option<ChunkId>, limit: u32) -> Result<Vec<Candidate>> {
-        self.database
-            .read("list chunks", move |connection| {
-                let columns = "SELECT id, kind, touched_us, pack, position, stored, length FROM chunk";
-                let rows = match &cursor {
-                    None => connection.query(&format!("{columns} ORDER BY id LIMIT $1"), &[i64::from(limit).into()])?,
-                    Some(id) => connection.query(
-                        &format!("{columns} WHERE id > $1 ORDER BY id LIMIT $2"),
-                        &[blob(id), i64::from(limit).into()],
-                    )?,
-                };
-                rows.iter().map(read_candidate).collect()
-            })
-            .await
+        self.database.read("list chunks", move |connection| chunks_after(connection, cursor.as_ref(), limit)).await
     }
 
     /// Deletes those of the chunks that nobody touched since, and tells which. Their bytes stay in their packs until
@@ -102,17 +90,7 @@ impl Catalog {
     /// # Errors
     /// The database's.
     pub async fn pack_usage(&self) -> Result<Vec<PackUsage>> {
-        self.database
-            .read("add up packs", |connection| {
-                let sql = "SELECT pack.id, pack.length, pack.state, pack.created_us,
-                        CAST(COALESCE(used.stored, 0) AS BIGINT), CAST(COALESCE(used.chunks, 0) AS BIGINT)
-                    FROM pack LEFT JOIN (
-                        SELECT pack AS id, SUM(stored) AS stored, COUNT(*) AS chunks FROM chunk GROUP BY pack
-                    ) AS used ON used.id = pack.id
-                    ORDER BY pack.id";
-                connection.query(sql, &[])?.iter().map(read_usage).collect()
-            })
-            .await
+        self.database.read("add up packs", pack_usage).await
     }
 
     /// All packs, oldest id first, without looking at chunks.
@@ -162,14 +140,7 @@ impl Catalog {
         // it reads every chunk, which should not keep writers waiting.
         let unused = self.database.read("find unused packs", unused_packs).await?;
         let free: Vec<PackId> = ids.into_iter().filter(|id| unused.contains(id)).collect();
-        self.database
-            .write("drop packs", move |connection| {
-                let rows: Vec<_> = free.iter().map(|id| vec![pack_blob(id), added_before_us.into()]).collect();
-                let drop = format!("UPDATE pack SET state = '{DROPPING}' WHERE id = $1 AND created_us < $2");
-                let changed = connection.execute_each(&drop, &rows)?;
-                Ok(kept(&free, &changed))
-            })
-            .await
+        self.database.write("drop packs", move |connection| drop_packs(connection, &free, added_before_us)).await
     }
 
     /// [`Catalog::drop_packs`] for one; whether it is dropping now.
@@ -185,17 +156,7 @@ impl Catalog {
     /// # Errors
     /// `Conflict` for a pack that is not dropping.
     pub async fn forget_pack(&self, id: PackId) -> Result<()> {
-        self.database
-            .write("forget pack", move |connection| {
-                let sql = format!("DELETE FROM pack WHERE id = $1 AND state = '{DROPPING}'");
-                if connection.execute(&sql, &[pack_blob(&id)])? == 0
-                    && connection.query_first("SELECT 1 FROM pack WHERE id = $1", &[pack_blob(&id)])?.is_some()
-                {
-                    return Err(Error::conflict(format!("pack {id} is in use")));
-                }
-                Ok(())
-            })
-            .await
+        self.database.write("forget pack", move |connection| forget_pack(connection, id)).await
     }
 
     /// Sums over everything. Reads every chunk's row.
@@ -207,13 +168,62 @@ impl Catalog {
     }
 }
 
+pub(super) fn chunks_after(
+    connection: &mut Connection,
+    cursor: Option<&ChunkId>,
+    limit: u32,
+) -> Result<Vec<Candidate>> {
+    let columns = "SELECT id, kind, touched_us, pack, position, stored, length FROM chunk";
+    let rows = match cursor {
+        None => connection.query(&format!("{columns} ORDER BY id LIMIT $1"), &[i64::from(limit).into()])?,
+        Some(id) => connection
+            .query(&format!("{columns} WHERE id > $1 ORDER BY id LIMIT $2"), &[blob(id), i64::from(limit).into()])?,
+    };
+    rows.iter().map(read_candidate).collect()
+}
+
+pub(super) fn pack_usage(connection: &mut Connection) -> Result<Vec<PackUsage>> {
+    let sql = "SELECT pack.id, pack.length, pack.state, pack.created_us,
+            CAST(COALESCE(used.stored, 0) AS BIGINT), CAST(COALESCE(used.chunks, 0) AS BIGINT)
+        FROM pack LEFT JOIN (
+            SELECT pack AS id, SUM(stored) AS stored, COUNT(*) AS chunks FROM chunk GROUP BY pack
+        ) AS used ON used.id = pack.id
+        ORDER BY pack.id";
+    connection.query(sql, &[])?.iter().map(read_usage).collect()
+}
+
+pub(super) fn drop_packs(connection: &mut Connection, free: &[PackId], added_before_us: u64) -> Result<Vec<PackId>> {
+    let rows: Vec<_> = free.iter().map(|id| vec![pack_blob(id), added_before_us.into()]).collect();
+    let drop = format!("UPDATE pack SET state = '{DROPPING}' WHERE id = $1 AND created_us < $2");
+    let changed = connection.execute_each(&drop, &rows)?;
+    Ok(kept(free, &changed))
+}
+
+pub(super) fn forget_pack(connection: &mut Connection, id: PackId) -> Result<()> {
+    let sql = format!("DELETE FROM pack WHERE id = $1 AND state = '{DROPPING}'");
+    if connection.execute(&sql, &[pack_blob(&id)])? == 0
+        && connection.query_first("SELECT 1 FROM pack WHERE id = $1", &[pack_blob(&id)])?.is_some()
+    {
+        return Err(Error::conflict(format!("pack {id} is in use")));
+    }
+    Ok(())
+}
+
+/// Whether the pack had no row before, or was condemned already.
+pub(super) fn condemn_pack(connection: &mut Connection, id: PackId, now_us: u64) -> Result<bool> {
+    let row = [pack_blob(&id), 0_u64.into(), DROPPING.into(), now_us.into()];
+    connection.execute("INSERT INTO pack VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING", &row)?;
+    let state = connection.query_first("SELECT state FROM pack WHERE id = $1", &[pack_blob(&id)])?;
+    Ok(state.is_some_and(|row| row.text(0).is_ok_and(|state| state == DROPPING)))
+}
+
 fn sweep(connection: &mut Connection, ids: &[ChunkId], untouched_since_us: u64) -> Result<Vec<ChunkId>> {
     let rows: Vec<_> = ids.iter().map(|id| vec![blob(id), untouched_since_us.into()]).collect();
     let deleted = connection.execute_each("DELETE FROM chunk WHERE id = $1 AND touched_us < $2", &rows)?;
     Ok(kept(ids, &deleted))
 }
 
-fn move_chunks(
+pub(super) fn move_chunks(
     connection: &mut Connection,
     from: PackId,
     to: PackId,
@@ -242,7 +252,7 @@ fn move_chunks(
     Ok(u64::try_from(count).unwrap_or(u64::MAX))
 }
 
-fn unused_packs(connection: &mut Connection) -> Result<BTreeSet<PackId>> {
+pub(super) fn unused_packs(connection: &mut Connection) -> Result<BTreeSet<PackId>> {
     let mut read = |sql: &str| -> Result<BTreeSet<PackId>> {
         connection.query(sql, &[])?.iter().map(|row| Ok(PackId(row.bytes(0)?))).collect()
     };
@@ -299,7 +309,7 @@ fn read_usage(row: &Row) -> Result<PackUsage> {
     })
 }
 
-fn read_state(text: &str) -> Result<PackState> {
+pub(super) fn read_state(text: &str) -> Result<PackState> {
     match text {
         LIVE => Ok(PackState::Live),
         DROPPING => Ok(PackState::Dropping),

@@ -5,13 +5,15 @@
 //! - A writer that finds a chunk here touches it in the same transaction ([`Catalog::claim`]), and a sweep deletes only
 //!   what nobody touched since its collection began. Write transactions exclude one another, so either the claim comes
 //!   first, and the chunk stays, or the sweep does, and the claim answers that the chunk is absent.
-//! - A root is set only while everything it is said to rely on is here.
+//! - A root is set only while everything it is said to rely on is here; or while another root keeps the same map
+//!   ([`Catalog::blocking_share_root`]).
 //! - A pack that is here gets no more rows: [`Catalog::add_pack`] and [`Catalog::move_chunks`] add a pack with its rows
 //!   or not at all. One that has no rows left is dropped in two steps, around the removal of its object, so that a kill
 //!   between them leaves a row that the next collection finishes.
 //!
 //! Every request may be repeated: the same again changes nothing and gets the same answer.
 
+mod blocking;
 mod collect;
 mod roots;
 mod schema;

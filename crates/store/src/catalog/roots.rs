@@ -53,6 +53,21 @@ impl Catalog {
         self.database.blocking_write("set root", move |connection| set_root(connection, &root, now_us))
     }
 
+    /// Sets a root over a map that a root keeps already, so that nothing below it needs to be looked at. `relied` does
+    /// not matter. A thread waits.
+    ///
+    /// # Errors
+    /// As [`Self::set_root`]; `Conflict` too where no root keeps the map: what it leads to may be gone.
+    pub fn blocking_share_root(&self, root: NewRoot, now_us: u64) -> Result<()> {
+        self.database.blocking_write("share root", move |connection| {
+            let kept = "SELECT 1 FROM root WHERE map = $1 LIMIT 1";
+            if connection.query_first(kept, &[blob(&root.map)])?.is_none() {
+                return Err(Error::conflict(format!("nothing keeps the map {} any more", root.map)));
+            }
+            set_root(connection, &root, now_us)
+        })
+    }
+
     /// One root.
     ///
     /// # Errors

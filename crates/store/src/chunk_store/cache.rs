@@ -29,6 +29,13 @@ impl<K: Copy + Eq + Hash, V: Clone> Cache<K, V> {
         Some(value.clone())
     }
 
+    pub(super) fn remove(&mut self, key: &K) {
+        if let Some((_, weight, used)) = self.entries.remove(key) {
+            self.order.remove(&used);
+            self.weight -= weight;
+        }
+    }
+
     pub(super) fn put(&mut self, key: K, value: V, weight: usize) {
         if weight > self.most {
             return;
@@ -67,5 +74,7 @@ mod tests {
         assert_eq!(cache.get(&5), None, "what is larger than all of it is not kept");
         cache.put(4, 7, 10);
         assert_eq!((cache.get(&4), cache.get(&1), cache.order.len()), (Some(7), None, 1));
+        cache.remove(&4);
+        assert_eq!((cache.get(&4), cache.weight, cache.order.len()), (None, 0, 0));
     }
 }

@@ -4,8 +4,12 @@
 //! gives has its name's BLAKE3: a copy that has not is reported with where it lies, and never handed out.
 
 mod cache;
+mod collect;
 mod flights;
+mod fsck;
 mod ingest;
+mod repack;
+mod scrub;
 mod writer;
 
 use std::{
@@ -13,10 +17,13 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use burgeon_api::{Error, Result};
+use burgeon_api::{Error, ErrorKind, Result};
 use bytes::Bytes;
 
+pub use collect::{GRACE_US, collect};
+pub use fsck::fsck;
 pub use ingest::{Ingested, MapBytes, ingest};
+pub use scrub::scrub;
 pub use writer::{Writer, Written};
 
 use self::{cache::Cache, flights::Flights};
@@ -41,6 +48,10 @@ pub struct Source {
     /// A new UUID, version 7.
     pub uuid: Arc<dyn Fn() -> [u8; 16] + Send + Sync>,
 }
+
+/// Told what long work does, before each of its steps: the phase, and how much of it is done. An error ends the work
+/// there; that is also how it is cancelled.
+pub type Watch<'a> = dyn FnMut(&'static str, u64, u64) -> Result<()> + 'a;
 
 /// See the module.
 pub struct ChunkStore {
@@ -95,7 +106,7 @@ impl ChunkStore {
         self.flights.share(id, || {
             let places = self.catalog.blocking_places(vec![id])?;
             let place = places.first().copied().flatten().ok_or_else(|| missing(id))?;
-            let bytes = Bytes::from(self.read(id, place)?);
+            let bytes = Bytes::from(self.read_or_look_again(id, place)?);
             lock(&self.cache).put(id, bytes.clone(), bytes.len());
             Ok(bytes)
         })
@@ -115,7 +126,7 @@ impl ChunkStore {
         order.sort_unstable_by_key(|(place, _)| (place.pack, place.offset));
         let mut found = vec![Vec::new(); ids.len()];
         for (place, index) in order {
-            found[index] = self.read(ids[index], place)?;
+            found[index] = self.read_or_look_again(ids[index], place)?;
         }
         Ok(found)
     }
@@ -152,6 +163,22 @@ impl ChunkStore {
         lock(&self.cache).get(&id)
     }
 
+    /// Reads a record. Where that fails, a collection may have moved the chunk since its place was looked up, and the
+    /// pack may be gone: then it has another place, and that one is read.
+    fn read_or_look_again(&self, id: ChunkId, place: Place) -> Result<Vec<u8>> {
+        self.read(id, place).or_else(|error| {
+            let again = self.catalog.blocking_places(vec![id])?.first().copied().flatten();
+            match again {
+                Some(again) if again != place => self.read(id, again),
+                Some(_) if error.kind == ErrorKind::NotFound => {
+                    Err(Error::damaged(format!("{id:?} is lost with its pack: {}", error.message))
+                        .with_hint("burgeon store fsck tells what misses it"))
+                }
+                _ => Err(error),
+            }
+        })
+    }
+
     /// Reads a record and verifies it.
     fn read(&self, id: ChunkId, place: Place) -> Result<Vec<u8>> {
         let object = self.open_pack(place.pack)?;
@@ -176,6 +203,11 @@ impl ChunkStore {
         let object = Arc::new(self.objects.open_object(&object_name(pack))?);
         lock(&self.packs).put(pack, object.clone(), 1);
         Ok(object)
+    }
+
+    /// Forgets an open pack, so that its bytes on the disk are free once it is deleted.
+    fn close_pack(&self, pack: PackId) {
+        lock(&self.packs).remove(&pack);
     }
 
     /// The directory of this machine that a path inside the store stands for.

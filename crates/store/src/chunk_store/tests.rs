@@ -1,3 +1,5 @@
+mod collect;
+
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::*;
@@ -91,7 +93,7 @@ fn a_bad_copy_is_told_and_never_given() {
     std::fs::write(&pack, content).unwrap();
     let store = open(directory.path());
     let error = store.read_map(&map, 0, &mut vec![0; 200_000]).unwrap_err();
-    assert_eq!(error.kind, burgeon_api::ErrorKind::Damaged);
+    assert_eq!(error.kind, ErrorKind::Damaged);
     assert!(error.message.contains(pack.to_str().unwrap()) && error.message.contains("at byte"), "{error}");
     std::fs::remove_file(&pack).unwrap();
     assert!(open(directory.path()).read_map(&map, 0, &mut [0; 512]).is_err());

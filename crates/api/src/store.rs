@@ -1,0 +1,64 @@
+//! What the store tells of itself.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// `GET /v1/store`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct StoreView {
+    pub packs: u64,
+    /// Those of `packs` whose removal is not finished.
+    pub packs_dropping: u64,
+    /// Bytes of all packs.
+    pub pack_bytes: u64,
+    pub chunks: u64,
+    /// Bytes of all chunks as they are, and as they are stored in packs.
+    pub plain_bytes: u64,
+    pub stored_bytes: u64,
+    /// Share of the packs' bytes that chunks take, in thousandths; the rest is for `burgeon store gc` to free.
+    pub live_permille: u64,
+    /// How many roots of each kind keep chunks.
+    pub roots: std::collections::BTreeMap<String, u64>,
+    /// Bytes on this machine's disk of what was read of images.
+    pub cache_bytes: u64,
+}
+
+/// What a garbage collection did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Collected {
+    pub roots: u64,
+    /// Chunks that roots lead to.
+    pub chunks_kept: u64,
+    /// Chunks that were looked at, and those of them that were deleted.
+    pub chunks_seen: u64,
+    pub chunks_deleted: u64,
+    pub packs_dropped: u64,
+    pub packs_repacked: u64,
+    /// Files that writers left when they died.
+    pub files_removed: u64,
+    /// Bytes that packs take less than before.
+    pub bytes_freed: u64,
+    /// What is damaged, and was left as it is.
+    pub problems: Vec<Problem>,
+}
+
+/// What a check found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Checked {
+    /// Roots whose maps were read.
+    pub roots: u64,
+    pub packs: u64,
+    pub chunks: u64,
+    /// Bytes that were read and compared with their names.
+    pub bytes: u64,
+    /// Empty where all is well.
+    pub problems: Vec<Problem>,
+}
+
+/// Something damaged.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Problem {
+    /// The file and the byte, or the root.
+    pub place: String,
+    pub what: String,
+}

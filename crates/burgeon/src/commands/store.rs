@@ -1,0 +1,128 @@
+//! The store: what is in it, and whether it is sound.
+
+use std::time::Duration;
+
+use burgeon_api::{
+    ByteSize, Error, Result,
+    http::{Progress, ScrubStore},
+    store::{Collected, Problem, StoreView},
+};
+use serde_json::json;
+
+use super::Context;
+use crate::{arguments::StoreCommand, client::Lines, output, progress::BuildProgress};
+
+pub(super) async fn run(context: &Context, command: StoreCommand) -> Result<u8> {
+    match command {
+        StoreCommand::Stat => stat(context).await,
+        StoreCommand::Gc => {
+            let lines = context.client()?.lines("/v1/store/gc", Some(&json!({}))).await?;
+            let (Progress::Collected(collected), took) = follow(lines).await? else { return Err(strange()) };
+            collect(context, &collected, took)
+        }
+        StoreCommand::Scrub { rate } => {
+            let lines = context.client()?.lines("/v1/store/scrub", Some(&ScrubStore { rate })).await?;
+            checked(context, lines).await
+        }
+        StoreCommand::Fsck => {
+            let lines = context.client()?.lines("/v1/store/fsck", Some(&json!({}))).await?;
+            checked(context, lines).await
+        }
+    }
+}
+
+fn strange() -> Error {
+    Error::damaged("the server gave a strange answer")
+}
+
+/// Shows long work until its result.
+pub(super) async fn follow(mut lines: Lines<Progress>) -> Result<(Progress, Duration)> {
+    let mut progress = BuildProgress::new();
+    loop {
+        match lines.next().await? {
+            Some(Progress::Failed(error)) => {
+                progress.finish();
+                return Err(error);
+            }
+            Some(step @ (Progress::Step { .. } | Progress::Note(_))) => progress.show(&step),
+            Some(result) => return Ok((result, progress.finish())),
+            None => {
+                return Err(Error::unavailable("the server broke off").with_hint("ask again: what is done is kept"));
+            }
+        }
+    }
+}
+
+/// Shows a check; the exit code tells whether it found damage.
+pub(super) async fn checked(context: &Context, lines: Lines<Progress>) -> Result<u8> {
+    let (Progress::Checked(checked), took) = follow(lines).await? else { return Err(strange()) };
+    if context.json {
+        output::json(&checked)?;
+    } else {
+        let mut said = Vec::new();
+        for (count, what) in [(checked.roots, "roots"), (checked.packs, "packs"), (checked.chunks, "chunks")] {
+            if count > 0 {
+                said.push(format!("{count} {what}"));
+            }
+        }
+        if checked.bytes > 0 {
+            said.push(ByteSize(checked.bytes).to_string());
+        }
+        let said = if said.is_empty() { "nothing to check".into() } else { said.join(", ") };
+        output::note(&format!("{said} ({:.1} s)", took.as_secs_f64()));
+        tell(&checked.problems);
+    }
+    Ok(u8::from(!checked.problems.is_empty()))
+}
+
+fn tell(problems: &[Problem]) {
+    for Problem { place, what } in problems {
+        output::note(&burgeon_api::path_text::printable(&format!("damaged: {place}: {what}")));
+    }
+    if !problems.is_empty() {
+        // A chunk that the catalog knows is not stored anew, however bad its copy is.
+        output::note(
+            "remove the images that need it, run burgeon store gc an hour later, and build or import them again",
+        );
+    }
+}
+
+fn collect(context: &Context, collected: &Collected, took: Duration) -> Result<u8> {
+    if context.json {
+        output::json(collected)?;
+    } else {
+        output::note(&format!(
+            "{} of {} chunks deleted, {} packs dropped, {} written anew, {} left-over files removed ({:.1} s)",
+            collected.chunks_deleted,
+            collected.chunks_seen,
+            collected.packs_dropped,
+            collected.packs_repacked,
+            collected.files_removed,
+            took.as_secs_f64()
+        ));
+        output::print(&format!("{} freed\n", ByteSize(collected.bytes_freed)));
+        tell(&collected.problems);
+    }
+    Ok(u8::from(!collected.problems.is_empty()))
+}
+
+async fn stat(context: &Context) -> Result<u8> {
+    let view: StoreView = context.client()?.get("/v1/store").await?;
+    if context.json {
+        output::json(&view)?;
+        return Ok(0);
+    }
+    let roots: Vec<String> = view.roots.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
+    let live = view.live_permille;
+    output::pairs(&[
+        ("chunks", view.chunks.to_string()),
+        ("plain", ByteSize(view.plain_bytes).to_string()),
+        ("stored", ByteSize(view.stored_bytes).to_string()),
+        ("packs", format!("{} ({} being dropped)", view.packs, view.packs_dropping)),
+        ("in packs", ByteSize(view.pack_bytes).to_string()),
+        ("in use", format!("{}.{} %", live / 10, live % 10)),
+        ("roots", if roots.is_empty() { "none".into() } else { roots.join(", ") }),
+        ("cache", ByteSize(view.cache_bytes).to_string()),
+    ]);
+    Ok(0)
+}

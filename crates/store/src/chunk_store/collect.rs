@@ -1,0 +1,232 @@
+//! Garbage collection, beside everybody who reads and writes.
+//!
+//! Mark: everything that the roots lead to. Sweep: chunks that are not marked, and that nobody touched since `cut`, the
+//! collection's start less its grace, are deleted. Then packs without chunks go, sparse ones are written anew, and so
+//! does what dead writers left.
+//!
+//! Why no root ever misses a chunk. Maps never change, so a marked map is marked for good. Let `read` be the moment of
+//! the last look at the roots, after which every map that was under a root is marked. A chunk is deleted only after
+//! `read`. So take the first root that is set over some map that was under no root at `read`:
+//!
+//! - It is not one that shares another root's map: [`Catalog::blocking_share_root`](crate::catalog::Catalog) does that
+//!   in a transaction that sees the other root, which then was there before, against the choice of the first.
+//! - So a [`Writer`](super::Writer) set it, which before had all chunks of the map verified: each is touched in a
+//!   transaction in which it is there. If the sweep of a chunk came before, the transaction did not find it, and the
+//!   root was not set. If it came after, it saw the touch; and since the root was set after `read`, which is after the
+//!   collection's start, and at most half a grace after the verification, the touch is younger than `cut`. The chunk
+//!   stays.
+//!
+//! The second part counts on a writer that is not stopped for half a grace between its last verification and the one
+//! request that sets the root, and on clocks that agree to half a grace. Whoever sets a root over an edited map has to
+//! rely on what the edit left as it was, too.
+//!
+//! A map that cannot be read ends the collection before anything is deleted, since what it leads to is not known. Marks
+//! are kept by kind: somebody may store bytes that are those of a map's node, as data.
+//!
+//! A root's expiry is not looked at: a root keeps its chunks until it is removed.
+//!
+//! A kill between any two steps leaves at worst an object without a row, or a pack that is dropping. The next
+//! collections, once their grace has passed, remove both.
+
+use std::{
+    collections::HashSet,
+    time::{Duration, SystemTime},
+};
+
+use burgeon_api::{
+    Result,
+    store::{Collected, Problem},
+};
+
+use super::{ChunkStore, Watch, object_name, repack};
+use crate::{
+    ChunkId, PackId,
+    catalog::{PackState, Root},
+    chunk::Kind,
+    map,
+};
+
+/// What was touched so short a time ago stays, if nobody says otherwise. Writers count on it.
+pub const GRACE_US: u64 = 3600 * 1_000_000;
+/// Rows in one request to the catalog.
+pub(super) const PAGE: u32 = 4096;
+
+/// Everything that roots lead to.
+#[derive(Default)]
+struct Marks {
+    nodes: HashSet<ChunkId>,
+    data: HashSet<ChunkId>,
+}
+
+impl Marks {
+    fn contains(&self, id: &ChunkId) -> bool {
+        self.nodes.contains(id) || self.data.contains(id)
+    }
+
+    /// Whether it is new.
+    fn add(&mut self, kind: Kind, id: ChunkId) -> bool {
+        match kind {
+            Kind::Data => self.data.insert(id),
+            Kind::MapNode => self.nodes.insert(id),
+        }
+    }
+
+    fn count(&self) -> u64 {
+        (self.nodes.len() + self.data.len()) as u64
+    }
+}
+
+/// Deletes what no root leads to. See the module.
+///
+/// # Errors
+/// A root's map that cannot be read, by the root's name: then nothing was deleted. Those of the store, and of `watch`.
+pub fn collect(store: &ChunkStore, grace_us: u64, watch: &mut Watch<'_>) -> Result<Collected> {
+    let cut_us = store.now_us().saturating_sub(grace_us);
+    let mut report = Collected::default();
+    let marks = mark(store, watch, &mut report)?;
+    sweep(store, &marks, cut_us, watch, &mut report)?;
+    drop(marks);
+    packs(store, cut_us, watch, &mut report)?;
+    left_over(store, cut_us, watch, &mut report)?;
+    Ok(report)
+}
+
+fn mark(store: &ChunkStore, watch: &mut Watch<'_>, report: &mut Collected) -> Result<Marks> {
+    let mut marks = Marks::default();
+    loop {
+        let roots = store.catalog.blocking_roots(None)?;
+        report.roots = roots.len() as u64;
+        let new: Vec<&Root> = roots.iter().filter(|root| !marks.nodes.contains(&root.map)).collect();
+        if new.is_empty() {
+            report.chunks_kept = marks.count();
+            return Ok(marks);
+        }
+        for (index, root) in new.iter().enumerate() {
+            let mut since = 0_u32;
+            let (done, total) = (index as u64, new.len() as u64);
+            watch("mark", done, total)?;
+            let walked = map::chunks(store, root.map, &mut |kind, id| {
+                let new = marks.add(kind, id);
+                since += u32::from(new);
+                if since == PAGE {
+                    since = 0;
+                    watch("mark", done, total)?;
+                }
+                Ok(new)
+            });
+            walked.map_err(|error| {
+                error
+                    .context(format!("read what the {} \"{}\" keeps", root.kind, root.name))
+                    .with_hint("nothing was deleted; burgeon store fsck tells what is damaged")
+            })?;
+        }
+    }
+}
+
+fn sweep(store: &ChunkStore, marks: &Marks, cut_us: u64, watch: &mut Watch<'_>, report: &mut Collected) -> Result<()> {
+    let mut cursor = None;
+    loop {
+        watch("sweep", report.chunks_seen, 0)?;
+        let page = store.catalog.blocking_chunks_after(cursor, PAGE)?;
+        let Some(last) = page.last() else { return Ok(()) };
+        cursor = Some(last.id);
+        report.chunks_seen += page.len() as u64;
+        let unmarked = page.iter().filter(|chunk| chunk.touched_us < cut_us && !marks.contains(&chunk.id));
+        let unmarked: Vec<ChunkId> = unmarked.map(|chunk| chunk.id).collect();
+        if !unmarked.is_empty() {
+            watch("sweep", report.chunks_seen, 0)?;
+            report.chunks_deleted += store.catalog.blocking_sweep(unmarked, cut_us)?.len() as u64;
+        }
+    }
+}
+
+fn packs(store: &ChunkStore, cut_us: u64, watch: &mut Watch<'_>, report: &mut Collected) -> Result<()> {
+    watch("packs", 0, 0)?;
+    let usage = store.catalog.blocking_pack_usage()?;
+    let empty = usage.iter().filter(|pack| pack.live_chunks == 0);
+    let lengths: Vec<(PackId, u64)> = empty.map(|pack| (pack.id, pack.length)).collect();
+    drop_packs(store, &lengths, cut_us, watch, report)?;
+
+    let sparse = usage.iter().filter(|pack| {
+        pack.state == PackState::Live && pack.live_chunks > 0 && pack.created_us < cut_us && repack::is_sparse(pack)
+    });
+    let sparse: Vec<(PackId, u64)> = sparse.map(|pack| (pack.id, pack.length)).collect();
+    let mut rows = repack::rows_of(store, &sparse.iter().map(|(pack, _)| *pack).collect(), watch)?;
+    let mut moved = Vec::new();
+    for (index, (pack, length)) in sparse.iter().enumerate() {
+        watch("repack", index as u64, sparse.len() as u64)?;
+        match repack::repack(store, *pack, rows.remove(pack).unwrap_or_default(), watch)? {
+            Ok(new_length) => {
+                report.packs_repacked += 1;
+                // Negative only until the old pack is dropped, below.
+                moved.push((*pack, length.saturating_sub(new_length)));
+            }
+            Err(problem) => report.problems.push(problem),
+        }
+    }
+    let dropped = report.packs_dropped;
+    drop_packs(store, &moved, cut_us, watch, report)?;
+    // Those are told as repacked.
+    report.packs_dropped = dropped;
+    Ok(())
+}
+
+/// Removes packs in which no chunk lies any more. The numbers are the bytes that this frees.
+fn drop_packs(
+    store: &ChunkStore,
+    packs: &[(PackId, u64)],
+    cut_us: u64,
+    watch: &mut Watch<'_>,
+    report: &mut Collected,
+) -> Result<()> {
+    if packs.is_empty() {
+        return Ok(());
+    }
+    watch("drop", 0, packs.len() as u64)?;
+    let ids = packs.iter().map(|(id, _)| *id).collect();
+    let dropping: HashSet<PackId> = store.catalog.blocking_drop_packs(ids, cut_us)?.into_iter().collect();
+    let dropping = packs.iter().filter(|(id, _)| dropping.contains(id));
+    for (index, (pack, freed)) in dropping.enumerate() {
+        let (done, total) = (index as u64, packs.len() as u64);
+        watch("drop", done, total)?;
+        store.close_pack(*pack);
+        store.objects.delete(&object_name(*pack))?;
+        watch("drop", done, total)?;
+        store.catalog.blocking_forget_pack(*pack)?;
+        report.packs_dropped += 1;
+        report.bytes_freed += freed;
+    }
+    Ok(())
+}
+
+/// Removes what writers left that died: unfinished files, and packs that the catalog was not told of.
+fn left_over(store: &ChunkStore, cut_us: u64, watch: &mut Watch<'_>, report: &mut Collected) -> Result<()> {
+    watch("tidy", 0, 0)?;
+    let cut = SystemTime::UNIX_EPOCH + Duration::from_micros(cut_us);
+    report.files_removed += store.objects.tidy(cut)? as u64;
+    // First the objects: a row is made after its object, so that an old object without a row here has no living writer.
+    let objects = store.objects.list("packs")?;
+    let rows: HashSet<PackId> = store.catalog.blocking_packs()?.into_iter().map(|(id, ..)| id).collect();
+    for object in objects {
+        let stem = object.name.rsplit('/').next().and_then(|file| file.strip_suffix(".pack"));
+        let Some(Ok(pack)) = stem.map(str::parse::<PackId>) else { continue };
+        if object.name != object_name(pack) || rows.contains(&pack) || object.modified >= cut {
+            continue;
+        }
+        watch("tidy", 0, 0)?;
+        if store.catalog.blocking_condemn_pack(pack, store.now_us())? {
+            watch("tidy", 0, 0)?;
+            store.objects.delete(&object.name)?;
+            report.files_removed += 1;
+            report.bytes_freed += object.length;
+        }
+    }
+    Ok(())
+}
+
+/// What is wrong with a file at a byte.
+pub(super) fn problem_at(store: &ChunkStore, pack: PackId, offset: Option<u64>, what: String) -> Problem {
+    let file = store.objects.describe(&object_name(pack));
+    let place = offset.map_or_else(|| file.clone(), |offset| format!("{file} at byte {offset}"));
+    Problem { place, what }
+}
