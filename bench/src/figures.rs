@@ -119,10 +119,12 @@ impl Figure {
                  qemu-img create -b: an overlay, not synced; sync_ms: one fdatasync of 64 KiB written"
             }
             Figure::NbdReadRatio => {
-                "random reads of 4 KiB, 16 at a time, by fio, of a layer of 1 GiB; qemu-nbd: of a raw file, writeback"
+                "random reads of 4 KiB, 16 at a time, by fio, of a layer of 1 GiB; \
+                 qemu-nbd: of a raw file, cache=writeback, aio=io_uring"
             }
             Figure::NbdWriteRatio => {
-                "random writes of 4 KiB, 16 at a time, by fio, to a layer of 1 GiB; qemu-nbd: to a raw file, writeback"
+                "random writes of 4 KiB, 16 at a time, by fio, to a layer of 1 GiB; \
+                 qemu-nbd: to a raw file, cache=writeback, aio=threads"
             }
         }
     }
