@@ -22,6 +22,7 @@ use tempfile::TempDir;
 use crate::{http::Client, report::talk};
 
 const SERVER_START: Duration = Duration::from_secs(30);
+const LOGGED: Duration = Duration::from_secs(90);
 const SERVER_END: Duration = Duration::from_secs(15);
 
 pub(crate) struct Workspace {
@@ -133,6 +134,21 @@ impl Workspace {
                 );
             }
             sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Waits until the server logs a line with `text`, and reads the number behind `field` in it.
+    pub(crate) fn wait_for_log(&self, text: &str, field: &str) -> Result<u64> {
+        let deadline = Instant::now() + LOGGED;
+        loop {
+            let log = fs::read_to_string(self.path("serve.log"))?;
+            if let Some(line) = log.lines().find(|line| line.contains(text)) {
+                let digits = line.split_once(field).map_or("", |(_, rest)| rest);
+                let digits = digits.split(' ').next().unwrap_or_default();
+                return digits.parse().with_context(|| format!("the server's log says {line:?}"));
+            }
+            ensure!(Instant::now() < deadline, "the server does not log \"{text}\"");
+            sleep(Duration::from_millis(100));
         }
     }
 
