@@ -162,6 +162,12 @@ pub(crate) fn nbd(workspace: &Workspace, runs: u32, pattern: &str) -> Result<Out
         Ok(rate)
     };
     let samples = take_turns(runs, |rate| rate, ours, Some(&mut theirs))?;
+    // What is fast is also right: fio reads back what it wrote, and fails where it is anything else.
+    let mut verify = Command::new("fio");
+    verify.args(["--name=verify", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--iodepth=16", "--size=64m"]);
+    verify.args(["--verify=crc32c", "--do_verify=1", "--verify_fatal=1"]);
+    verify.arg(format!("--uri=nbd+unix:///?socket={}", our_socket.display()));
+    workspace::run(&mut workspace.confine(verify)?).context("read back what was written to the layer")?;
     drop(server);
     drop(rival);
     fs::remove_dir_all(directory)?;
