@@ -192,7 +192,7 @@ impl ChunkStore {
             .map_err(|error| {
                 error
                     .context(format!("{} at byte {}", self.objects.describe(&name), place.offset))
-                    .with_hint("find all damage with burgeon store scrub; build or import the image again")
+                    .with_hint("find all damage with burgeon store scrub; the guide says how to replace it")
             })
     }
 
