@@ -12,7 +12,10 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use burgeon_qemu::nbd::Server;
-use burgeon_store::disk::{Disk, Nothing};
+use burgeon_store::{
+    ChunkId,
+    disk::{Base, Disk, Nothing, Stack},
+};
 
 use crate::{
     figures::{Outcome, milliseconds, take_turns},
@@ -34,10 +37,14 @@ const SERVED: u64 = 1 << 30;
 const FIO_SECONDS: u32 = 3;
 const START: Duration = Duration::from_secs(10);
 
+fn nothing(_: Option<ChunkId>, _: Option<ChunkId>) -> burgeon_api::Result<Arc<dyn Base>> {
+    Ok(Arc::new(Nothing))
+}
+
 /// A seal, an overlay by qemu-img, and one bare sync, each after the same writes to places not written before.
 pub(crate) fn clone(workspace: &Workspace, runs: u32) -> Result<Outcome> {
     let directory = fresh(workspace, "clone")?;
-    let disk = Disk::open(&directory, CLONED, &["layer-0".to_string()], Arc::new(Nothing))?;
+    let disk = Disk::create(&directory, CLONED, Stack::default(), &nothing)?;
     let alone = File::create(directory.join("alone"))?;
     alone.set_len(CLONED)?;
     let qemu_img = |arguments: &[&str]| -> Result<Duration> {
@@ -51,7 +58,6 @@ pub(crate) fn clone(workspace: &Workspace, runs: u32) -> Result<Outcome> {
     qemu_img(&["below.qcow2", &CLONED.to_string()])?;
     let mut noise = Noise(5);
     let mut syncs = Vec::new();
-    let mut count = 0;
     let ours = || {
         let block = noise.bytes(4096);
         let places: Vec<u64> = (0..WRITTEN).map(|_| noise.next() % (CLONED / 4096) * 4096).collect();
@@ -60,9 +66,8 @@ pub(crate) fn clone(workspace: &Workspace, runs: u32) -> Result<Outcome> {
         alone.sync_data()?;
         syncs.push(milliseconds(begun.elapsed()));
         places.iter().try_for_each(|at| disk.write(*at, &block))?;
-        count += 1;
         let begun = Instant::now();
-        disk.seal(&format!("layer-{count}"))?;
+        disk.seal()?;
         Ok(begun.elapsed())
     };
     let mut theirs = || qemu_img(&["-b", "below.qcow2", "-F", "qcow2", "above.qcow2"]);
@@ -125,7 +130,7 @@ fn fio(workspace: &Workspace, pattern: &str, socket: &Path, server: Option<u32>)
 /// `pattern` is fio's name for what is done: `randread` or `randwrite`.
 pub(crate) fn nbd(workspace: &Workspace, runs: u32, pattern: &str) -> Result<Outcome> {
     let directory = fresh(workspace, "nbd")?;
-    let disk = Disk::open(&directory, SERVED, &["layer-0".to_string()], Arc::new(Nothing))?;
+    let disk = Disk::create(&directory, SERVED, Stack::default(), &nothing)?;
     let plain = File::create(directory.join("plain"))?;
     let mut noise = Noise(3);
     for at in (0..SERVED).step_by(1 << 20) {

@@ -21,7 +21,7 @@ use burgeon_store::{
     chunk::is_zero,
     chunk_store::{ChunkStore, MapBytes, Source, Writer, Written},
     cut::Cutter,
-    disk::{Disk, ImageBase},
+    disk::{Base, Disk, ImageBase, Stack},
     map::Map,
 };
 
@@ -223,8 +223,9 @@ pub(crate) fn cache_read(workspace: &Workspace, runs: u32) -> Result<Outcome> {
     let store = open(&directory.join("store"))?;
     let (map, _) = keep(&store, "data", &data[..], None)?;
     fs::create_dir(directory.join("disk"))?;
-    let base = Arc::new(ImageBase::open(store, map.root(), &directory.join("cache"))?);
-    let disk = Disk::open(&directory.join("disk"), map.length(), &["layer-0".to_string()], base.clone())?;
+    let base = Arc::new(ImageBase::open(store, map.root(), &directory.join("cache"), None)?);
+    let of_map = |_, _| Ok::<Arc<dyn Base>, burgeon_api::Error>(base.clone());
+    let disk = Disk::create(&directory.join("disk"), map.length(), Stack::default(), &of_map)?;
     fs::write(directory.join("plain"), &data)?;
     let plain = File::open(directory.join("plain"))?;
     // The first read of all, which fills the cache.

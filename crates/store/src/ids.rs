@@ -3,9 +3,11 @@
 use std::{fmt, str::FromStr};
 
 use burgeon_api::Error;
+use serde::{Deserialize, Serialize};
 
-/// A chunk: the BLAKE3-256 hash of its plain bytes.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// A chunk: the BLAKE3-256 hash of its plain bytes. In documents it is written in hexadecimal digits.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct ChunkId(pub [u8; 32]);
 
 /// A pack: 16 bytes of a UUID (version 7), chosen before its first byte is written.
@@ -29,6 +31,20 @@ impl ChunkId {
     #[must_use]
     pub fn of(bytes: &[u8]) -> ChunkId {
         ChunkId(*blake3::hash(bytes).as_bytes())
+    }
+}
+
+impl TryFrom<String> for ChunkId {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self, Error> {
+        text.parse()
+    }
+}
+
+impl From<ChunkId> for String {
+    fn from(id: ChunkId) -> String {
+        id.to_string()
     }
 }
 

@@ -11,12 +11,13 @@ use std::{
 };
 
 use burgeon_qemu::nbd::{Owner, Server};
-use burgeon_store::disk::{Disk, Nothing};
+use burgeon_store::disk::{Disk, Nothing, Stack};
 
 const SIZE: u64 = 48 << 20;
 
 fn disk(directory: &Path) -> Arc<Disk> {
-    Arc::new(Disk::open(directory, SIZE, &["layer".to_string()], Arc::new(Nothing)).unwrap())
+    fs::create_dir(directory.join("disk")).unwrap();
+    Arc::new(Disk::create(&directory.join("disk"), SIZE, Stack::default(), &|_, _| Ok(Arc::new(Nothing))).unwrap())
 }
 
 /// Runs a tool; gives what it said.

@@ -4,6 +4,9 @@
 //! and nothing is decompressed twice. The cache has the form of a [`Layer`] that is never flushed: what it holds is
 //! valid within the boot of the machine in which it was read (and verified), and is read anew after the next one.
 //!
+//! A map that was made of another one by an edit has that for a parent: what both have is read through the parent, whose
+//! bytes may be in its cache already.
+//!
 //! In which order a map is read is remembered for the first reads of it, so that the next start can fetch ahead.
 
 use std::{
@@ -27,7 +30,7 @@ use crate::{
     ChunkId,
     chunk_store::{ChunkStore, part},
     cut::MOST_CUT,
-    map::{Map, MapReader, Piece},
+    map::{self, Map, MapReader, Piece},
 };
 
 /// Decoded nodes in memory: enough for the whole of a 16 GiB disk that is read all over.
@@ -43,6 +46,8 @@ pub struct ImageBase {
     nodes: MapReader<Arc<ChunkStore>>,
     map: Map,
     cache: Layer,
+    /// What this map was made of, and where it differs: sorted, and apart from each other.
+    parent: Option<(Arc<ImageBase>, Vec<Range<u64>>)>,
     trace: Mutex<Vec<(u64, u64)>>,
     /// Where the last fetch ended, and how far ahead the next one goes if it begins there.
     streak: Mutex<(u64, u64)>,
@@ -50,19 +55,28 @@ pub struct ImageBase {
 }
 
 impl ImageBase {
-    /// Opens the map `root`; `cache` is where its bytes are kept, a path without extension.
+    /// Opens the map `root`; `cache` is where its bytes are kept, a path without extension. With a `parent`, what that has
+    /// too is read there.
     ///
     /// # Errors
     /// Where the map cannot be read, or the cache not be opened.
-    pub fn open(store: Arc<ChunkStore>, root: ChunkId, cache: &Path) -> Result<ImageBase> {
+    pub fn open(
+        store: Arc<ChunkStore>,
+        root: ChunkId,
+        cache: &Path,
+        parent: Option<Arc<ImageBase>>,
+    ) -> Result<ImageBase> {
         let map = Map::open(&*store, root)?;
         let cache = Layer::open(cache, map.length())?;
         let nodes = MapReader::new(store.clone(), NODES);
+        let parent =
+            parent.map(|parent| map::diff(&nodes, &parent.map, &map).map(|changed| (parent, changed))).transpose()?;
         Ok(ImageBase {
             store,
             nodes,
             map,
             cache,
+            parent,
             trace: Mutex::default(),
             streak: Mutex::default(),
             fetched: AtomicU64::new(0),
@@ -75,10 +89,11 @@ impl ImageBase {
         self.map.length()
     }
 
-    /// Plain bytes that were fetched from the store since this was opened.
+    /// Plain bytes that were fetched from the store since this was opened, for its parent as well.
     #[must_use]
     pub fn fetched_bytes(&self) -> u64 {
-        self.fetched.load(Ordering::Relaxed)
+        let parent = self.parent.as_ref().map_or(0, |(parent, _)| parent.fetched_bytes());
+        self.fetched.load(Ordering::Relaxed) + parent
     }
 
     /// The reads that found nothing in the cache, in order: offset and length.
@@ -165,6 +180,17 @@ impl ImageBase {
             .map_err(|error| burgeon_api::Error::io("write the cache of an image", &error))
     }
 
+    /// Who has the bytes from `at` on, and up to where: the parent, or this map alone.
+    fn whose(&self, at: u64, end: u64) -> (Option<&Arc<ImageBase>>, u64) {
+        let Some((parent, changed)) = &self.parent else { return (None, end) };
+        let next = changed.partition_point(|range| range.end <= at);
+        match changed.get(next) {
+            Some(range) if range.start <= at => (None, end.min(range.end)),
+            Some(range) => (Some(parent), end.min(range.start)),
+            None => (Some(parent), end),
+        }
+    }
+
     /// Fetches for a reader: remembered, and further than asked where reads follow each other.
     fn fetch_for_reader(&self, range: Range<u64>) -> Result<()> {
         let mut trace = self.trace.lock().unwrap_or_else(PoisonError::into_inner);
@@ -175,7 +201,8 @@ impl ImageBase {
         let mut streak = self.streak.lock().unwrap_or_else(PoisonError::into_inner);
         let (last, ahead) = *streak;
         let ahead = if range.start == last && last > 0 { (ahead * 2).clamp(AHEAD.0, AHEAD.1) } else { 0 };
-        let end = (range.end + ahead).min(self.map.length());
+        // Not into what the parent has.
+        let (_, end) = self.whose(range.start, (range.end + ahead).min(self.map.length()));
         *streak = (end, ahead);
         drop(streak);
         self.fetch(range.start..end)
@@ -199,8 +226,17 @@ impl Base for ImageBase {
                 State::Data => self.cache.read(at, target)?,
                 State::Zero => target.fill(0),
                 State::Absent => {
-                    self.fetch_for_reader(at..at + length).map_err(io::Error::other)?;
-                    self.cache.read(at, target)?;
+                    let (whose, until) = self.whose(at, at + length);
+                    let target = &mut target[..usize::try_from(until - at).unwrap_or(0)];
+                    match whose {
+                        Some(parent) => parent.read(at, target)?,
+                        None => {
+                            self.fetch_for_reader(at..until).map_err(io::Error::other)?;
+                            self.cache.read(at, target)?;
+                        }
+                    }
+                    at = until;
+                    continue;
                 }
             }
             at += length;
@@ -224,10 +260,14 @@ impl Base for ImageBase {
         let mut at = range.start;
         while at < within {
             let (state, length) = self.cache.run(at, within);
-            if state == State::Absent {
-                return false;
+            if state != State::Absent {
+                at += length;
+                continue;
             }
-            at += length;
+            match self.whose(at, at + length) {
+                (Some(parent), until) if parent.is_near(at..until) => at = until,
+                _ => return false,
+            }
         }
         true
     }

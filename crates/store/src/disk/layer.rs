@@ -83,15 +83,33 @@ pub(crate) fn boot_id() -> Result<[u8; 16]> {
     Ok(number.to_be_bytes())
 }
 
+/// # Errors
+/// `Invalid` for a size that no disk has.
+pub(crate) fn check_size(size: u64) -> Result<()> {
+    if size == 0 || size > MOST_BYTES || !size.is_multiple_of(512) {
+        return Err(Error::invalid(format!("a disk of {size} bytes: 512 to {MOST_BYTES}, in steps of 512")));
+    }
+    Ok(())
+}
+
+/// Removes a layer's files, as far as they are there.
+pub(crate) fn remove(path: &Path) -> io::Result<()> {
+    for extension in ["data", "map"] {
+        match std::fs::remove_file(path.with_extension(extension)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 impl Layer {
     /// Opens the layer at `path` (without its extension); one that was never written to is made, for a disk of `size`.
     ///
     /// # Errors
     /// `Damaged` for files that are no layer or of another size; `Refused` for those of a newer version.
     pub(crate) fn open(path: &Path, size: u64) -> Result<Layer> {
-        if size == 0 || size > MOST_BYTES || !size.is_multiple_of(512) {
-            return Err(Error::invalid(format!("a disk of {size} bytes: 512 to {MOST_BYTES}, in steps of 512")));
-        }
+        check_size(size)?;
         let open = |extension: &str| {
             let path = path.with_extension(extension);
             OpenOptions::new()
@@ -390,6 +408,33 @@ impl Layer {
             self.written.store(true, Ordering::Release);
         }
         outcome
+    }
+
+    /// Opens a layer that was sealed: its files tell its size.
+    ///
+    /// # Errors
+    /// `Damaged` where they are not there; else as [`Self::open`].
+    pub(crate) fn open_sealed(path: &Path) -> Result<Layer> {
+        let size = Self::size_of(path)?.ok_or_else(|| damaged(path, "it is gone, or was never whole"))?;
+        Self::open(path, size)
+    }
+
+    /// Whether it has nothing of its own.
+    pub(crate) fn is_empty(&self) -> bool {
+        let blocks = self.size.div_ceil(BLOCK);
+        self.states.run(0, blocks) == (State::Absent, blocks)
+    }
+
+    /// Adds where it has something of its own.
+    pub(crate) fn add_runs(&self, ranges: &mut Vec<Range<u64>>) {
+        let mut at = 0;
+        while at < self.size {
+            let (state, length) = self.run(at, self.size);
+            if state != State::Absent {
+                ranges.push(at..at + length);
+            }
+            at += length;
+        }
     }
 
     /// Bytes of blocks that are here as data.
