@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Error, VmId,
+    disk::{DiskChanged, DiskChanges, DiskView},
     exec::Attach,
     http::Setting,
     image::Image,
@@ -34,6 +35,69 @@ pub struct Launch {
     /// The directory with the image's files. They are linked or copied before the VM starts.
     pub image_directory: String,
     pub profile: Profile,
+    /// Another VM of this host, whose disk the root disk is a clone of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Source>,
+}
+
+/// What a VM's root disk is cloned from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Source {
+    pub vm: VmId,
+    /// A snapshot's name; none: what the disk holds when the clone is made.
+    pub snapshot: Option<String>,
+}
+
+/// Something about a VM's disks. Names are those of disks and of their snapshots.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DiskRequest {
+    List,
+    /// `size` in bytes; `map` is the block map of an image's disk. Without both, a disk that was detached.
+    Attach {
+        disk: String,
+        size: Option<u64>,
+        map: Option<String>,
+    },
+    Detach {
+        disk: String,
+        force: bool,
+    },
+    /// Removes a detached disk, with all that it holds.
+    Remove {
+        disk: String,
+    },
+    Grow {
+        disk: String,
+        size: u64,
+    },
+    Snapshot {
+        disk: String,
+        snapshot: String,
+    },
+    RemoveSnapshot {
+        disk: String,
+        snapshot: String,
+    },
+    RollBack {
+        disk: String,
+        snapshot: String,
+    },
+    /// Where the disk, or its snapshot `to`, may differ from its snapshot `from`.
+    Changes {
+        disk: String,
+        from: String,
+        to: Option<String>,
+    },
+    /// Sees to it that what the disk or its snapshot holds is in the store, and answers with its map. The caller sets a
+    /// root of its own before it relies on that.
+    Store {
+        disk: String,
+        snapshot: Option<String>,
+    },
+    /// Has a running guest bring its files to its disks.
+    Sync,
+    /// The image that the VM was started from.
+    Image,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -120,6 +184,10 @@ pub enum Request {
         vm: VmId,
         request: FileRequest,
     },
+    Disk {
+        vm: VmId,
+        request: DiskRequest,
+    },
     Figures {
         vm: VmId,
     },
@@ -163,6 +231,11 @@ pub enum Reply {
     },
     Entries(Vec<FileEntry>),
     Figures(Figures),
+    Disks(Vec<DiskView>),
+    DiskChanged(DiskChanged),
+    DiskChanges(DiskChanges),
+    Map(String),
+    Image(Box<Image>),
     Log {
         text: Vec<u8>,
     },

@@ -4,6 +4,7 @@
 //! This crate has no input or output and no runtime; everything here is data and its validation.
 #![forbid(unsafe_code)]
 
+pub mod disk;
 pub mod document;
 pub mod error;
 pub mod exec;

@@ -230,12 +230,103 @@ pub enum VmCommand {
         #[arg(long, short)]
         force: bool,
     },
+    /// Make another VM whose disk holds what this one's holds; no data is copied
+    Clone {
+        vm: String,
+        /// Its name, and host name; made from the first one's when absent
+        #[arg(long, short)]
+        name: Option<String>,
+        /// Start from this snapshot of the root disk
+        #[arg(long, value_name = "SNAPSHOT")]
+        snapshot: Option<String>,
+        /// Do not wait until it runs
+        #[arg(long)]
+        no_wait: bool,
+    },
+    /// A VM's disks: plug in, grow, snapshot
+    #[command(subcommand)]
+    Disk(DiskCommand),
     /// Show what a VM wrote to its console
     Logs(VmName),
     /// Freeze everything in the guest but its agent
     Freeze(VmName),
     /// Let a frozen guest go on
     Thaw(VmName),
+}
+
+#[derive(Debug, Args)]
+pub struct OfDisk {
+    /// Name or id
+    pub vm: String,
+    /// The disk; "root" is the one of its image
+    #[arg(long, short, default_value = "root")]
+    pub disk: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum DiskCommand {
+    /// List a VM's disks
+    Ls(VmName),
+    /// Plug a disk into a VM: a new one, or one that was detached
+    Attach {
+        vm: String,
+        /// Its name; the guest finds it as /dev/disk/by-id/virtio-NAME
+        disk: String,
+        /// Make an empty one
+        #[arg(long, short, value_name = "SIZE")]
+        size: Option<ByteSize>,
+        /// Make one that holds what this image's disk holds; with --size a longer one
+        #[arg(long, short)]
+        image: Option<String>,
+    },
+    /// Unplug a disk; what it holds stays, and it can be attached again
+    Detach {
+        vm: String,
+        disk: String,
+        /// Also while the guest has a file system of it mounted
+        #[arg(long, short)]
+        force: bool,
+    },
+    /// Remove a detached disk with all that it holds
+    Rm { vm: String, disk: String },
+    /// Make a disk longer, also while the VM runs
+    Resize {
+        #[command(flatten)]
+        of: OfDisk,
+        size: ByteSize,
+    },
+    /// Keep what a disk holds now under a name; no data is copied
+    Snapshot {
+        #[command(flatten)]
+        of: OfDisk,
+        name: String,
+    },
+    /// List the snapshots of a VM's disks
+    Snapshots(VmName),
+    /// Make the disk of a stopped VM hold again what it held at a snapshot
+    Rollback {
+        #[command(flatten)]
+        of: OfDisk,
+        snapshot: String,
+    },
+    /// Let snapshots go
+    RmSnapshot {
+        #[command(flatten)]
+        of: OfDisk,
+        #[arg(required = true)]
+        snapshots: Vec<String>,
+    },
+    /// Tell how much of a disk was written since a snapshot, or between two, and where
+    Diff {
+        #[command(flatten)]
+        of: OfDisk,
+        from: String,
+        /// Another snapshot; what the disk holds now when absent
+        to: Option<String>,
+        /// List the stretches
+        #[arg(long)]
+        extents: bool,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -1,5 +1,6 @@
 //! The HTTP API: one table of routes, from which both the router and the OpenAPI document are made.
 
+mod disks;
 mod files;
 mod images;
 mod pipelines;
@@ -123,6 +124,7 @@ pub(crate) fn routes() -> (Router<Shared>, Value) {
     let mut routes = Routes { router: Router::new(), told: Vec::new(), schemas: settings.into_generator() };
     server::add(&mut routes);
     vms::add(&mut routes);
+    disks::add(&mut routes);
     streams::add(&mut routes);
     files::add(&mut routes);
     images::add(&mut routes);

@@ -4,7 +4,9 @@ use std::{path::PathBuf, time::Duration};
 
 use burgeon_api::{
     Error, ErrorKind, Result, VmId,
-    host::{Envelope, FileRequest, Launch, Reply, Request, StopMode, VERSION},
+    disk::{DiskChanged, DiskChanges, DiskView},
+    host::{DiskRequest, Envelope, FileRequest, Launch, Reply, Request, StopMode, VERSION},
+    image::Image,
     vm::HostVm,
 };
 use tokio::{
@@ -17,6 +19,8 @@ use tokio::{
 const QUICK: Duration = Duration::from_secs(10);
 /// Requests that wait for a guest or a file system.
 const SLOW: Duration = Duration::from_secs(150);
+/// Requests that wait until all of a disk is in the store.
+const STORING: Duration = Duration::from_secs(3600);
 const MOST_REPLY: u32 = 64 << 20;
 
 /// The way to the host process of this machine.
@@ -102,6 +106,55 @@ impl HostClient {
             Reply::Figures(figures) => Ok(figures),
             other => Err(unexpected(&other)),
         }
+    }
+
+    /// A request that only changes something.
+    pub(crate) async fn change_disk(&self, vm: VmId, request: DiskRequest) -> Result<DiskChanged> {
+        match self.disk(vm, request).await? {
+            Reply::Done => Ok(DiskChanged::default()),
+            Reply::DiskChanged(changed) => Ok(changed),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    pub(crate) async fn disks(&self, vm: VmId) -> Result<Vec<DiskView>> {
+        match self.disk(vm, DiskRequest::List).await? {
+            Reply::Disks(disks) => Ok(disks),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    pub(crate) async fn disk_changes(
+        &self,
+        vm: VmId,
+        disk: String,
+        from: String,
+        to: Option<String>,
+    ) -> Result<DiskChanges> {
+        match self.disk(vm, DiskRequest::Changes { disk, from, to }).await? {
+            Reply::DiskChanges(changes) => Ok(changes),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The image that a VM was started from.
+    pub(crate) async fn image_of(&self, vm: VmId) -> Result<Image> {
+        match self.disk(vm, DiskRequest::Image).await? {
+            Reply::Image(image) => Ok(*image),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The map of what a disk holds, once it is in the store. That takes as long as there is much to store.
+    pub(crate) async fn store_disk(&self, vm: VmId, disk: String, snapshot: Option<String>) -> Result<String> {
+        match self.ask(Request::Disk { vm, request: DiskRequest::Store { disk, snapshot } }, STORING).await? {
+            Reply::Map(map) => Ok(map),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn disk(&self, vm: VmId, request: DiskRequest) -> Result<Reply> {
+        self.ask(Request::Disk { vm, request }, SLOW).await
     }
 
     pub(crate) async fn log(&self, vm: VmId) -> Result<Vec<u8>> {

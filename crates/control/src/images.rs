@@ -188,8 +188,14 @@ impl HostRunner {
             created_s: now_s(),
         };
         let profile = Profile { memory: job.memory, cpus: job.cpus, init: Init::None, ..Profile::default() };
-        let launch =
-            Launch { id, name: name.clone(), image, image_directory: directory.display().to_string(), profile };
+        let launch = Launch {
+            id,
+            name: name.clone(),
+            image,
+            image_directory: directory.display().to_string(),
+            profile,
+            source: None,
+        };
         state.host.launch(launch).await?;
         state.kick.notify_one();
         state

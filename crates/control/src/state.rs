@@ -147,7 +147,10 @@ impl State {
     pub(crate) async fn create_vm(&self, row: VmRow) -> Result<VmRow> {
         burgeon_api::name::check("VM", &row.name)?;
         check_profile(&row.profile)?;
-        let image = self.image(row.image.clone()).await?;
+        let image = match &row.source {
+            Some(source) => source.image.clone(),
+            None => self.image(row.image.clone()).await?,
+        };
         if let (Some(wish), Some(has)) = (row.profile.disk, image.disk)
             && wish < has
         {
@@ -181,13 +184,17 @@ impl State {
     }
 
     pub(crate) async fn launch_of(&self, row: &VmRow) -> Result<Launch> {
-        let image = self.image(row.image.clone()).await?;
+        let image = match &row.source {
+            Some(source) => source.image.clone(),
+            None => self.image(row.image.clone()).await?,
+        };
         Ok(Launch {
             id: row.id,
             name: row.name.clone(),
             image,
             image_directory: self.layout.image(&row.image).display().to_string(),
             profile: row.profile.clone(),
+            source: row.source.as_ref().map(|source| source.source.clone()),
         })
     }
 

@@ -8,12 +8,16 @@
 use std::{
     fs,
     io::Read,
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    os::{
+        fd::AsRawFd,
+        unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt},
+    },
     path::{Path, PathBuf},
 };
 
 use burgeon_api::{Error, Result, host::Launch, image::Boot};
 use burgeon_qemu::{command::file, process::RunAs};
+use rustix::fs::CWD;
 
 const DIRECTORY: &str = "kept";
 const FILES: [&str; 4] = [file::KERNEL, file::INITRAMFS, file::BASE, file::OVERLAY];
@@ -70,6 +74,35 @@ impl Kept {
             Ok(()) => Ok(()),
         }
     }
+}
+
+/// Gives a clone the kernel and the initramfs that its source was started with, whatever has become of the image.
+/// QEMU's user may have put anything in their place: only what is a file is taken, and it is the opened file itself that
+/// is shared, not whatever has its name a moment later.
+pub(crate) fn share(source: &Path, directory: &Path, launch: &Launch) -> Result<()> {
+    for name in [file::KERNEL, file::INITRAMFS] {
+        let failed = |error: &std::io::Error| {
+            let shown = &launch.name;
+            Error::io(format!("give VM {shown} the {name} of the VM that it is cloned from"), error)
+        };
+        let flags = (rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK).bits().cast_signed();
+        let from = source.join(file::QEMU_DIRECTORY).join(name);
+        let mut opened =
+            fs::File::options().read(true).custom_flags(flags).open(&from).map_err(|error| failed(&error))?;
+        if !opened.metadata().map_err(|error| failed(&error))?.is_file() {
+            return Err(Error::damaged(format!("{} is no file", from.display())));
+        }
+        let to = directory.join(name);
+        let itself = format!("/proc/self/fd/{}", opened.as_raw_fd());
+        let linked = rustix::fs::linkat(CWD, itself, CWD, &to, rustix::fs::AtFlags::SYMLINK_FOLLOW);
+        if linked.is_err() {
+            let mut copy = fs::File::create_new(&to).map_err(|error| failed(&error))?;
+            std::io::copy(&mut opened, &mut copy).map_err(|error| failed(&error))?;
+            opened = copy;
+        }
+        opened.set_permissions(fs::Permissions::from_mode(0o444)).map_err(|error| failed(&error))?;
+    }
+    Ok(())
 }
 
 fn damaged(launch: &Launch, what: &str) -> Error {

@@ -11,6 +11,7 @@ mod disks;
 mod display;
 mod kept;
 pub mod layout;
+mod plug;
 mod prepare;
 mod record;
 mod registry;
@@ -91,7 +92,7 @@ pub async fn run(options: Options) -> Result<()> {
         verdict,
         groups: cgroup::Groups::prepare(),
         boot_slots: Semaphore::new(cpus.max(2)),
-        disks: Arc::new(disks::Disks::new(layout.clone())),
+        disks: disks::Disks::start(layout.clone())?,
         layout: layout.clone(),
     });
     let socket = layout.host_socket();

@@ -8,6 +8,7 @@ use std::{
 
 use burgeon_api::{
     ByteSize, Error, Result,
+    disk::MOST_ATTACHED,
     host::Launch,
     image::{Boot, Image},
     vm::Accelerator,
@@ -19,7 +20,12 @@ use burgeon_qemu::{
 };
 use sha2::{Digest, Sha256};
 
-use crate::{kept::Kept, layout::Layout, seed};
+use crate::{
+    disks::Attached,
+    kept::{self, Kept},
+    layout::Layout,
+    seed,
+};
 
 /// Which disk a VM starts with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,10 +65,14 @@ pub(crate) async fn prepare(
         return give_directory(directory, run_as);
     }
     let image = PathBuf::from(&launch.image_directory);
-    if launch.image.boot == Boot::Agent {
-        link(&image.join(Image::KERNEL), &directory.join(file::KERNEL))?;
-        let initramfs = initramfs(layout, &image, &launch.image, agent)?;
-        link(&initramfs, &directory.join(file::INITRAMFS))?;
+    match &launch.source {
+        _ if launch.image.boot != Boot::Agent => {}
+        Some(source) => kept::share(&layout.vm(source.vm), directory, launch)?,
+        None => {
+            link(&image.join(Image::KERNEL), &directory.join(file::KERNEL))?;
+            let initramfs = initramfs(layout, &image, &launch.image, agent)?;
+            link(&initramfs, &directory.join(file::INITRAMFS))?;
+        }
     }
     if let Some(size) = launch.image.disk.filter(|_| launch.image.map.is_none()) {
         let base = image.join(Image::DISK);
@@ -92,7 +102,7 @@ pub(crate) fn disk_size(launch: &Launch) -> ByteSize {
     launch.profile.disk.map_or(image, |wish| wish.max(image))
 }
 
-pub(crate) fn machine(launch: &Launch, accelerator: Accelerator) -> Machine {
+pub(crate) fn machine(launch: &Launch, accelerator: Accelerator, attached: Vec<Attached>) -> Machine {
     Machine {
         name: launch.name.clone(),
         uuid: launch.id.to_string(),
@@ -100,11 +110,14 @@ pub(crate) fn machine(launch: &Launch, accelerator: Accelerator) -> Machine {
         boot: launch.image.boot,
         accelerator,
         disk: launch.image.disk.map(|_| if launch.image.map.is_some() { DiskFrom::Socket } else { DiskFrom::Files }),
+        is_clone: launch.source.is_some(),
         seed: launch.image.boot == Boot::Firmware,
         init: launch.image.init.clone(),
         kernel_parameters: launch.image.kernel_parameters.clone(),
         tsc_khz: burgeon_qemu::facts::tsc_khz(),
         translation_cache: ByteSize::mib(64),
+        ports: MOST_ATTACHED,
+        attached: attached.into_iter().map(|attached| (attached.disk, attached.port)).collect(),
         extra_disks: Vec::new(),
     }
 }

@@ -1,4 +1,4 @@
-//! `vm.json`: what a host process must know of a VM to find it again after its own death. Version 1.
+//! `vm.json`: what a host process must know of a VM to find it again after its own death. Version 2.
 
 use std::{
     fs,
@@ -17,7 +17,7 @@ use burgeon_qemu::{
 };
 use serde::{Deserialize, Serialize};
 
-pub(crate) const FORMAT: u32 = 1;
+pub(crate) const FORMAT: u32 = 2;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {

@@ -4,7 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use burgeon_api::{
     Error, Result, VmId,
-    host::{Envelope, FileEntry, FileKind, FileRequest, Reply, Request, VERSION},
+    disk::DiskChanged,
+    host::{DiskRequest, Envelope, FileEntry, FileKind, FileRequest, Reply, Request, VERSION},
     http::Setting,
     vm::{HostVm, Observed},
 };
@@ -17,6 +18,7 @@ use tokio::{
 
 use crate::{
     console,
+    plug::{self, blocking},
     registry::Registry,
     session::Attachment,
     start::Context,
@@ -148,6 +150,10 @@ impl Connection {
                 self.hand_over(stream, &handle, |client| Command::Display { client }).await
             }
             Request::File { vm, request } => self.file(stream, vm, request).await,
+            Request::Disk { vm, request } => {
+                let answer = self.disk(vm, request).await?;
+                reply(stream, &answer).await
+            }
             Request::Figures { vm } => {
                 let figures = self.agent(vm).await?.figures().await?;
                 reply(stream, &Reply::Figures(figures)).await
@@ -180,6 +186,59 @@ impl Connection {
                 }
                 Ok(())
             }
+        }
+    }
+
+    /// What changes which disks there are goes through the VM's gate; the rest needs only the disks.
+    async fn disk(&self, vm: VmId, request: DiskRequest) -> Result<Reply> {
+        let disks = self.context.disks.clone();
+        let record = self.ask_vm(vm, |reply| Command::Record { reply }).await?;
+        if record.launch.image.map.is_none() && record.launch.image.disk.is_some() {
+            let name = &record.launch.name;
+            return Err(Error::refused(format!("VM {name} was made of an image whose disk is not in the store"))
+                .with_hint("build or import the image again, and make the VM anew"));
+        }
+        Ok(match request {
+            DiskRequest::List => Reply::Disks(blocking(move || disks.list(vm)).await?),
+            DiskRequest::Snapshot { disk, snapshot } => {
+                let note = self.sync_guest(vm).await;
+                blocking(move || disks.snapshot(&(vm, disk), &snapshot)).await?;
+                Reply::DiskChanged(DiskChanged { device: None, notes: note.into_iter().collect() })
+            }
+            DiskRequest::RemoveSnapshot { disk, snapshot } => {
+                blocking(move || disks.remove_snapshot(&(vm, disk), &snapshot)).await?;
+                Reply::Done
+            }
+            DiskRequest::Changes { disk, from, to } => {
+                Reply::DiskChanges(blocking(move || disks.changes(&(vm, disk), &from, to.as_deref())).await?)
+            }
+            DiskRequest::Store { disk, snapshot } => {
+                if snapshot.is_none()
+                    && let Some(note) = self.sync_guest(vm).await
+                {
+                    tracing::warn!(vm = %record.launch.name, note, "stored without the guest's help");
+                }
+                let map = blocking(move || disks.map_of(&(vm, disk), snapshot.as_deref())).await?;
+                Reply::Map(map.to_string())
+            }
+            DiskRequest::Sync => {
+                let notes = self.sync_guest(vm).await.into_iter().collect();
+                Reply::DiskChanged(DiskChanged { device: None, notes })
+            }
+            DiskRequest::Image => Reply::Image(Box::new(record.launch.image)),
+            change => {
+                let gate = self.ask_vm(vm, |reply| Command::Gate { reply }).await??;
+                Reply::DiskChanged(gate.change(&disks, vm, change).await?)
+            }
+        })
+    }
+
+    /// Has a running guest bring its files to its disks; says what speaks against relying on that.
+    async fn sync_guest(&self, vm: VmId) -> Option<String> {
+        match self.agent(vm).await {
+            Ok(agent) => plug::sync_guest(&agent).await,
+            // It has stopped, or has no agent.
+            Err(_) => None,
         }
     }
 

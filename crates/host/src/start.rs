@@ -33,7 +33,16 @@ use tokio::{
     time::Instant,
 };
 
-use crate::{cgroup::Groups, console::Console, disks::Disks, layout::Layout, prepare, prepare::Disk, record::Record};
+use crate::{
+    cgroup::Groups,
+    console::Console,
+    disks::{Attached, Disks},
+    layout::Layout,
+    plug::blocking,
+    prepare,
+    prepare::Disk,
+    record::Record,
+};
 
 /// How long a guest may take to its agent's first word before it is started again.
 const BOOT_DEADLINE: Duration = Duration::from_secs(60);
@@ -197,9 +206,9 @@ async fn try_once(
     let launch = &record.launch;
     let run_as = process::run_as(launch.id.uuid().as_u128(), accelerator);
     prepare::prepare(&context.layout, directory, launch, disk, context.agent, run_as).await?;
-    serve_disk(&context.disks, directory, launch, run_as, disk == Disk::New).await?;
+    let attached = serve_disks(&context.disks, launch, run_as, disk == Disk::New).await?;
     phases.enter("start");
-    let words = arguments(&prepare::machine(launch, accelerator));
+    let words = arguments(&prepare::machine(launch, accelerator, attached));
     let identity = process::start(
         &context.qemu.program,
         &words,
@@ -228,19 +237,21 @@ async fn try_once(
     Ok(up)
 }
 
-/// Has the VM's disk served, in a thread that may wait.
-async fn serve_disk(disks: &Arc<Disks>, directory: &Path, launch: &Launch, run_as: RunAs, new: bool) -> Result<()> {
+/// Has the VM's disks served, in a thread that may wait; and tells which are plugged in beside the root.
+async fn serve_disks(disks: &Arc<Disks>, launch: &Launch, run_as: RunAs, new: bool) -> Result<Vec<Attached>> {
     let owner = match run_as {
         RunAs::User { number, .. } => Some(number),
         RunAs::Same => None,
     };
-    let (disks, directory, launch) = (disks.clone(), directory.to_path_buf(), launch.clone());
-    let serve = move || match new {
-        true => disks.create(&directory, &launch, owner),
-        false => disks.serve(&directory, &launch, owner),
-    };
-    let served = tokio::task::spawn_blocking(serve).await;
-    served.map_err(|error| Error::internal(format!("serve the VM's disk: {error}")))?
+    let (disks, launch) = (disks.clone(), launch.clone());
+    blocking(move || {
+        if new {
+            disks.create(&launch)?;
+        }
+        disks.serve_all(&launch, owner)?;
+        disks.attached(launch.id)
+    })
+    .await
 }
 
 /// Ends QEMU when a start fails or is given up half-way.
@@ -381,7 +392,7 @@ pub(crate) async fn adopt(disks: &Arc<Disks>, directory: &Path, record: &Record,
     let launch = &record.launch;
     // First of all: until its disk is served again, the guest waits.
     let run_as = process::run_as(launch.id.uuid().as_u128(), record.accelerator);
-    serve_disk(disks, directory, launch, run_as, false).await?;
+    serve_disks(disks, launch, run_as, false).await?;
     let deadline = Instant::now() + MONITOR_DEADLINE;
     let qmp = Qmp::connect(&directory.join(file::QEMU_DIRECTORY).join(file::MONITOR), deadline).await?;
     let console = match UnixStream::connect(directory.join(file::QEMU_DIRECTORY).join(file::CONSOLE)).await {

@@ -34,13 +34,14 @@ use burgeon_qemu::{process::Process, qmp::Event};
 use serde_json::Value;
 use tokio::{
     net::UnixStream,
-    sync::{broadcast, mpsc, oneshot, watch},
+    sync::{Mutex, broadcast, mpsc, oneshot, watch},
     task::JoinHandle,
     time::{Instant, sleep, sleep_until},
 };
 
 use crate::{
     display,
+    plug::Gate,
     prepare::Disk,
     record::Record,
     session::{self, Attachment},
@@ -85,6 +86,13 @@ pub(crate) enum Command {
     EndSessions {
         done: oneshot::Sender<Result<()>>,
     },
+    /// The right to change the VM's disks, given to one at a time.
+    Gate {
+        reply: oneshot::Sender<Result<Gate>>,
+    },
+    Record {
+        reply: oneshot::Sender<Record>,
+    },
 }
 
 /// How the rest of the host process reaches a VM's task.
@@ -114,6 +122,8 @@ struct Owner {
     retry_at: Option<Instant>,
     /// Left by an earlier host process, and not yet taken hold of.
     adopting: bool,
+    /// Held by who changes the VM's disks: then it is not started.
+    gate: Arc<Mutex<()>>,
     /// The guest is paused because its disk could not be written; when to let it try again.
     disk_retry_at: Option<Instant>,
 }
@@ -210,6 +220,7 @@ fn spawn(
         monitor: None,
         retry_at: None,
         adopting,
+        gate: Arc::default(),
         disk_retry_at: None,
     };
     drop(owner.changes.send(first));
@@ -347,10 +358,10 @@ impl Owner {
                 }
                 let guest = up.guest.clone();
                 self.up = Some(up);
-                let (disks, id) = (self.context.disks.clone(), self.record.launch.id);
+                let (disks, launch) = (self.context.disks.clone(), self.record.launch.clone());
                 tokio::spawn(async move {
                     sleep(START_TRACED).await;
-                    drop(tokio::task::spawn_blocking(move || disks.keep_trace(id)).await);
+                    drop(tokio::task::spawn_blocking(move || disks.keep_trace(&launch)).await);
                 });
                 self.publish(|view| {
                     view.observed = Observed::Running;
@@ -479,8 +490,8 @@ impl Owner {
             // A failed start: nothing of it may stay behind.
             process.kill();
         }
-        // Its only client is gone, so this takes no time.
-        self.context.disks.close(self.record.launch.id);
+        // Their only client is gone, so this takes no time.
+        self.context.disks.close_all(self.record.launch.id);
         self.context.groups.remove(&group_name(&self.record.launch));
         self.record.ended = Some(observed.clone());
         self.store();
@@ -552,7 +563,28 @@ impl Owner {
                 self.sessions.clear();
                 drop(done.send(Ok(())));
             }
+            Command::Gate { reply } => drop(reply.send(self.gate())),
+            Command::Record { reply } => drop(reply.send(self.record.clone())),
         }
+    }
+
+    fn gate(&self) -> Result<Gate> {
+        let (name, observed) = (&self.record.launch.name, self.view.borrow().observed.clone());
+        let is_over = matches!(observed, Observed::Stopped { .. } | Observed::Failed { .. });
+        if self.up.is_none() && !is_over || self.removing.is_some() || self.stopping.is_some() {
+            let state = if self.stopping.is_some() { "stopping" } else { observed.name() };
+            return Err(Error::conflict(format!("VM {name} is {state}: its disks cannot be changed now"))
+                .with_hint("try again once it runs or has stopped"));
+        }
+        let guard = self.gate.clone().try_lock_owned().map_err(|_| {
+            Error::conflict(format!("the disks of VM {name} are being changed by somebody else")).with_hint("try again")
+        })?;
+        Ok(Gate {
+            _guard: guard,
+            record: self.record.clone(),
+            monitor: self.up.as_ref().map(|up| up.qmp.clone()),
+            agent: self.up.as_ref().and_then(|up| up.agent.clone()),
+        })
     }
 
     /// The answer tells that the start is recorded; how it goes, the view tells.
@@ -566,6 +598,10 @@ impl Owner {
             let (name, observed) = (&self.record.launch.name, observed.name());
             return Err(Error::conflict(format!("VM {name} is {observed}: only one that has stopped can be started")));
         }
+        let Ok(_gate) = self.gate.try_lock() else {
+            let name = &self.record.launch.name;
+            return Err(Error::conflict(format!("the disks of VM {name} are being changed")));
+        };
         let record = Record { starts, process: None, limits: Vec::new(), ended: None, ..self.record.clone() };
         record.store(&self.directory)?;
         self.record = record;
@@ -661,13 +697,15 @@ impl Owner {
     fn remove(&mut self) {
         self.context.groups.remove(&group_name(&self.record.launch));
         let (disks, id) = (self.context.disks.clone(), self.record.launch.id);
-        tokio::task::spawn_blocking(move || disks.forget(id));
+        disks.close_all(id);
         let removed = match std::fs::remove_dir_all(&self.directory) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 Err(Error::io("remove the VM's directory", &error))
             }
             _ => Ok(()),
         };
+        // What keeps maps for disks goes after the disks, so that nobody sets it again in between.
+        tokio::task::spawn_blocking(move || disks.forget(id));
         self.publish(|view| view.observed = Observed::Stopped { reason: "removed".into() });
         if let Some(done) = self.removing.take() {
             drop(done.send(removed));

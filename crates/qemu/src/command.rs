@@ -6,6 +6,7 @@
 
 use burgeon_api::{
     ByteSize,
+    disk::ROOT,
     image::Boot,
     profile::{Init, Network, Profile},
     vm::Accelerator,
@@ -37,6 +38,40 @@ const RECONNECT_S: u32 = 30 * 24 * 3600;
 /// The name under which the guest finds the agent's channel.
 pub const AGENT_PORT: &str = "burgeon.agent.0";
 
+/// The socket, in QEMU's directory, on which a disk is served.
+#[must_use]
+pub fn socket_name(disk: &str) -> String {
+    if disk == ROOT { file::DISK.into() } else { format!("disk-{disk}.sock") }
+}
+
+/// QEMU's name for a disk: of its block node and, beside the root, of its device.
+#[must_use]
+pub fn node_name(disk: &str) -> String {
+    if disk == ROOT { "disk".into() } else { format!("disk-{disk}") }
+}
+
+/// QEMU's name for a hot-plug port.
+#[must_use]
+pub fn port_name(port: u8) -> String {
+    format!("port-{port}")
+}
+
+/// The block node of a served disk. While no host process serves it, requests wait instead of failing in the guest.
+#[must_use]
+pub fn disk_node(disk: &str) -> serde_json::Value {
+    serde_json::json!({
+        "driver": "nbd", "node-name": node_name(disk), "server": {"type": "unix", "path": socket_name(disk)},
+        "reconnect-delay": RECONNECT_S, "open-timeout": 10, "discard": "unmap",
+    })
+}
+
+/// The device of a disk beside the root.
+#[must_use]
+pub fn disk_device(disk: &str, port: u8) -> serde_json::Value {
+    let node = node_name(disk);
+    serde_json::json!({"driver": "virtio-blk-pci", "drive": node, "id": node, "bus": port_name(port), "serial": disk})
+}
+
 /// Where QEMU finds the VM's disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DiskFrom {
@@ -55,6 +90,8 @@ pub struct Machine {
     pub boot: Boot,
     pub accelerator: Accelerator,
     pub disk: Option<DiskFrom>,
+    /// Whether the disk is a clone of another VM's: then the guest makes anew what it must not share.
+    pub is_clone: bool,
     /// Whether a seed directory stands beside the disk.
     pub seed: bool,
     pub init: String,
@@ -64,6 +101,10 @@ pub struct Machine {
     pub tsc_khz: Option<u64>,
     /// QEMU's translation cache under TCG.
     pub translation_cache: ByteSize,
+    /// Hot-plug ports for disks.
+    pub ports: u8,
+    /// Disks served by the host process beside the root, and their ports.
+    pub attached: Vec<(String, u8)>,
     /// Raw block devices given to the guest beside its disk, read-only with a throw-away overlay.
     pub extra_disks: Vec<String>,
 }
@@ -108,9 +149,7 @@ pub fn arguments(machine: &Machine) -> Vec<String> {
             add(&["-blockdev", "driver=qcow2,node-name=disk,file=disk-file,backing=base,discard=unmap"]);
         }
         Some(DiskFrom::Socket) => {
-            // While no host process serves the disk, requests wait instead of failing in the guest.
-            let disk = format!("driver=nbd,node-name=disk,server.type=unix,server.path={}", file::DISK);
-            add(&["-blockdev", &format!("{disk},reconnect-delay={RECONNECT_S},open-timeout=10,discard=unmap")]);
+            add(&["-blockdev", &disk_node(ROOT).to_string()]);
         }
         None => {}
     }
@@ -129,6 +168,13 @@ pub fn arguments(machine: &Machine) -> Vec<String> {
         // cloud-init finds the seed by the file system's label; QEMU makes the file system from a directory.
         let seed = format!("driver=vvfat,node-name=seed,dir={},label=CIDATA,read-only=on", file::SEED);
         add(&["-blockdev", &seed, "-device", "virtio-blk-pci,drive=seed"]);
+    }
+    // Behind all others, so that their places do not move.
+    for port in 1..=machine.ports {
+        add(&["-device", &format!("pcie-root-port,id={},chassis={port}", port_name(port))]);
+    }
+    for (disk, port) in &machine.attached {
+        add(&["-blockdev", &disk_node(disk).to_string(), "-device", &disk_device(disk, *port).to_string()]);
     }
     match profile.network {
         Network::None => {}
@@ -167,6 +213,9 @@ fn kernel_command_line(machine: &Machine) -> String {
     if machine.disk.is_some() && !own_root {
         words.push("burgeon.root=/dev/vda".into());
     }
+    if machine.is_clone {
+        words.push(format!("burgeon.instance={}", machine.uuid));
+    }
     if machine.profile.init == Init::Image && !machine.init.is_empty() && machine.disk.is_some() {
         words.push(format!("burgeon.init={}", machine.init));
     }
@@ -186,11 +235,14 @@ mod tests {
             boot: Boot::Agent,
             accelerator: Accelerator::Tcg,
             disk: Some(DiskFrom::Files),
+            is_clone: false,
             seed: false,
             init: "/sbin/init".into(),
             kernel_parameters: vec![],
             tsc_khz: Some(2_596_118),
             translation_cache: ByteSize::mib(64),
+            ports: 4,
+            attached: vec![("data".into(), 2)],
             extra_disks: vec![],
         }
     }
@@ -206,6 +258,16 @@ mod tests {
         assert!(words.iter().any(|word| word.starts_with("on,obsolete=deny")));
         assert!(words.iter().any(|word| word.contains("tsc_early_khz=2596118")));
         assert!(words.iter().any(|word| word.contains("burgeon.root=/dev/vda burgeon.init=/sbin/init")));
+    }
+
+    #[test]
+    fn disks_are_plugged_into_their_ports() {
+        let words = arguments(&machine());
+        let device =
+            words.iter().find(|word| word.contains("\"disk-data\"") && word.contains("virtio-blk-pci")).unwrap();
+        assert!(device.contains("\"bus\":\"port-2\"") && device.contains("\"serial\":\"data\""), "{device}");
+        assert!(words.iter().any(|word| word.contains("disk-data.sock")));
+        assert!(words.iter().any(|word| word == "pcie-root-port,id=port-4,chassis=4"));
     }
 
     #[test]

@@ -132,6 +132,9 @@ async fn guest_speaks(qemu: &Qemu, directory: &Path) -> Result<Duration> {
         kernel_parameters: vec![],
         tsc_khz: None,
         translation_cache: ByteSize::mib(32),
+        is_clone: false,
+        ports: 0,
+        attached: vec![],
         extra_disks: vec![],
     };
     let begun = Instant::now();

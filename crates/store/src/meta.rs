@@ -10,7 +10,7 @@ use burgeon_api::{
     profile::Profile,
     vm::{Intent, Observed},
 };
-use serde::{Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     schema::META,
@@ -34,6 +34,16 @@ pub struct VmRow {
     pub created_s: u64,
     /// How often its user has asked to start it again.
     pub starts: u32,
+    /// Where its disk is cloned from, for a clone.
+    pub source: Option<CloneSource>,
+}
+
+/// The VM that another one is cloned from, and the image that this one was started from: its kernel fits the disk,
+/// whatever has become of the image since.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CloneSource {
+    pub source: burgeon_api::host::Source,
+    pub image: burgeon_api::image::Image,
 }
 
 /// A row of `pipeline`.
@@ -90,7 +100,7 @@ impl Meta {
                         .with_hint(format!("choose another name, or remove it: burgeon vm rm {}", row.name)));
                 }
                 connection.execute(
-                    "INSERT INTO vm VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+                    "INSERT INTO vm VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
                     &[
                         row.id.to_string().into(),
                         row.name.as_str().into(),
@@ -103,6 +113,7 @@ impl Meta {
                         row.version.into(),
                         row.created_s.into(),
                         u64::from(row.starts).into(),
+                        row.source.as_ref().map(to_json).into(),
                     ],
                 )?;
                 Ok(row.clone())
@@ -396,6 +407,7 @@ fn read_vm(row: &Row) -> Result<VmRow> {
         version: row.unsigned(8)?,
         created_s: row.unsigned(9)?,
         starts: u32::try_from(row.unsigned(10)?).unwrap_or(u32::MAX),
+        source: row.optional_text(11)?.map(from_json).transpose()?,
     })
 }
 
@@ -434,6 +446,7 @@ mod tests {
             version: 1,
             created_s: 5,
             starts: 0,
+            source: None,
         }
     }
 

@@ -13,7 +13,7 @@ pub(crate) static META: Component = Component {
 };
 
 /// One entry per version; entry n brings version n to n + 1. In SQLite's words, translated for PostgreSQL by `sql`.
-const MIGRATIONS: [&str; 2] = [FIRST, SECOND];
+const MIGRATIONS: [&str; 3] = [FIRST, SECOND, THIRD];
 
 pub(crate) const FIRST: &str = "
     CREATE TABLE vm (
@@ -48,4 +48,9 @@ pub(crate) const FIRST: &str = "
 /// VMs that are started again.
 const SECOND: &str = "
     ALTER TABLE vm ADD COLUMN starts INTEGER NOT NULL DEFAULT 0;
+";
+
+/// VMs that are clones of others.
+const THIRD: &str = "
+    ALTER TABLE vm ADD COLUMN source TEXT;
 ";

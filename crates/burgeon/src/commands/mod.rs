@@ -3,6 +3,7 @@
 mod about;
 mod config;
 mod copy;
+mod disk;
 mod doctor;
 mod exec;
 mod image;
@@ -50,6 +51,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<u8> {
         Command::Exec(arguments) | Command::Vm(VmCommand::Exec(arguments)) => exec::exec(&context, arguments).await,
         Command::Shell(arguments) | Command::Vm(VmCommand::Shell(arguments)) => exec::shell(&context, arguments).await,
         Command::Logs(name) | Command::Vm(VmCommand::Logs(name)) => vm::logs(&context, &name.vm).await,
+        Command::Vm(VmCommand::Disk(command)) => disk::run(&context, command).await,
         Command::Vm(command) => vm::run(&context, command).await,
         Command::Image(command) => image::run(&context, command).await,
         Command::Pipeline(PipelineCommand::Ls(arguments)) => pipeline::list(&context, arguments.quiet).await,

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use burgeon_api::{
     Error, Result, VmId,
+    disk::CloneVm,
     document::Document,
     http::{CreateVm, ServerView, StopVm},
     image::Boot,
@@ -39,17 +40,18 @@ pub(super) async fn run(context: &Context, command: VmCommand) -> Result<u8> {
         VmCommand::Display { vm, socket } => display(context, &vm, socket).await,
         VmCommand::Ssh { vm, arguments } => ssh(context, &vm, &arguments).await,
         VmCommand::Cp { from, to, recursive } => copy::copy(&context.client()?, &from, &to, recursive).await,
+        VmCommand::Clone { vm, name, snapshot, no_wait } => clone(context, &vm, name, snapshot, !no_wait).await,
         VmCommand::Start { vms, no_wait } => start(context, &vms, !no_wait).await,
         VmCommand::Stop { vms, force } => stop(context, &vms, force).await,
         VmCommand::Rm { vms, force } => remove(context, &vms, force).await,
         VmCommand::Freeze(VmName { vm }) => verb(context, &vm, "freeze").await,
         VmCommand::Thaw(VmName { vm }) => verb(context, &vm, "thaw").await,
         // These have short forms, and are met before.
-        VmCommand::Ls(_) | VmCommand::Exec(_) | VmCommand::Shell(_) | VmCommand::Logs(_) => Ok(2),
+        VmCommand::Ls(_) | VmCommand::Exec(_) | VmCommand::Shell(_) | VmCommand::Logs(_) | VmCommand::Disk(_) => Ok(2),
     }
 }
 
-fn path(vm: &str) -> String {
+pub(super) fn path(vm: &str) -> String {
     format!("/v1/vms/{}", escape(vm))
 }
 
@@ -115,6 +117,19 @@ async fn create(
     if foreign {
         tell_way_in(&vm);
     }
+    if context.json {
+        output::json(&vm)?;
+    } else {
+        output::print(&format!("{}\n", vm.name));
+    }
+    Ok(0)
+}
+
+async fn clone(context: &Context, vm: &str, name: Option<String>, snapshot: Option<String>, wait: bool) -> Result<u8> {
+    let client = context.client()?;
+    let request = CloneVm { id: VmId::generate(), name, snapshot };
+    let vm: VmView = client.post(&format!("{}/clone", path(vm)), &request).await?;
+    let vm = if wait { wait_until_up(&client, &vm).await? } else { vm };
     if context.json {
         output::json(&vm)?;
     } else {

@@ -76,6 +76,7 @@ async fn make(State(state): State<Shared>, Json(request): Json<CreateVm>) -> Ans
         version: 1,
         created_s: now_s(),
         starts: 0,
+        source: None,
     };
     let row = state.create_vm(row).await?;
     Ok(Json(state.view(row)))

@@ -523,6 +523,7 @@ impl VmStart {
             version: 1,
             created_s: now_s(),
             starts: 0,
+            source: None,
         };
         let id = match self.state.meta.vm(&self.name).await {
             Ok(left) if left.pipeline == Some(self.run) && left.intent == Intent::Running => left.id,

@@ -262,6 +262,14 @@ impl AgentClient {
         self.ask_done(Request::Identity { host_name: host_name.to_string() }).await
     }
 
+    /// Has the guest make its mounted file systems as large as their disks.
+    ///
+    /// # Errors
+    /// What the guest's kernel says; `Refused`, `Deadline`, `Unavailable`.
+    pub async fn grow(&self) -> Result<()> {
+        self.ask_done(Request::Grow).await
+    }
+
     /// The guest's figures.
     ///
     /// # Errors

@@ -74,6 +74,8 @@ pub enum Request {
     Identity {
         host_name: String,
     },
+    /// Makes mounted file systems as large as their disks.
+    Grow,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -96,6 +96,15 @@ impl Server {
     }
 }
 
+impl Server {
+    /// Ends the connections there are. Clients that connect again learn the export's size anew.
+    pub fn disconnect(&self) {
+        for connection in self.shared.connections().values() {
+            let _gone_already = connection.shutdown(Shutdown::Both);
+        }
+    }
+}
+
 impl Drop for Server {
     fn drop(&mut self) {
         self.shared.stopping.store(true, Ordering::Release);

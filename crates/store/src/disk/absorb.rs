@@ -33,7 +33,7 @@ pub fn absorb(
     let failed = |error: std::io::Error| Error::io(format!("read the layer {}", path.display()), &error);
     let base = base.map_or_else(|| Map::empty(layer.size()), |base| Map::open(store, base))?;
     let mut edit = base.edit();
-    edit.resize(layer.size().max(base.length()))?;
+    edit.resize(layer.size())?;
     let mut writer = Writer::new(store);
     let mut written: Vec<Range<u64>> = Vec::new();
     let (total, mut done) = (layer.data_bytes(), 0);

@@ -23,7 +23,7 @@ use burgeon_api::Result;
 
 use super::{
     Base,
-    layer::Layer,
+    layer::{self, Layer},
     states::{BLOCK, State},
 };
 use crate::{
@@ -67,7 +67,11 @@ impl ImageBase {
         parent: Option<Arc<ImageBase>>,
     ) -> Result<ImageBase> {
         let map = Map::open(&*store, root)?;
-        let cache = Layer::open(cache, map.length())?;
+        let cache = Layer::open(cache, map.length()).or_else(|error| {
+            tracing::warn!(%error, "a cache is begun anew");
+            layer::remove(cache).map_err(|error| burgeon_api::Error::io("remove a cache", &error))?;
+            Layer::open(cache, map.length())
+        })?;
         let nodes = MapReader::new(store.clone(), NODES);
         let parent =
             parent.map(|parent| map::diff(&nodes, &parent.map, &map).map(|changed| (parent, changed))).transpose()?;

@@ -37,7 +37,7 @@ use rustix::{
 use crate::{
     agent::{self, Setup},
     channel::{Channel, open_port},
-    freeze,
+    disk, freeze,
     sys::{self, Fork, Texts},
     system::{self, console},
 };
@@ -59,6 +59,8 @@ struct Words {
     root: Option<String>,
     init: Option<String>,
     name: Option<String>,
+    /// The VM, where its disk is a clone of another one's.
+    instance: Option<String>,
 }
 
 impl Words {
@@ -73,6 +75,7 @@ impl Words {
                 "root" => words.root = value,
                 "init" => words.init = value,
                 "name" => words.name = value,
+                "instance" => words.instance = value,
                 _ => {}
             }
         }
@@ -104,7 +107,7 @@ pub(crate) fn run() {
     };
     let mut init = None;
     if let Some(root) = &words.root {
-        match enter_root(root, &mut setup.warnings) {
+        match enter_root(root, words.instance.as_deref(), &mut setup.warnings) {
             Ok(()) => init = words.init.as_deref(),
             Err((stage, reason)) => {
                 console(&format!("{stage}: {reason}; the agent stays in the initramfs"));
@@ -220,7 +223,7 @@ fn find_port() -> io::Result<File> {
 }
 
 /// Makes the image's disk the root, and frees the initramfs.
-fn enter_root(device: &str, warnings: &mut Vec<String>) -> Result<(), (&'static str, String)> {
+fn enter_root(device: &str, instance: Option<&str>, warnings: &mut Vec<String>) -> Result<(), (&'static str, String)> {
     const NEW: &str = "/newroot";
     load_modules("/burgeon/modules.root", warnings);
     let there = wait_for(Duration::from_millis(5), || fs::metadata(device));
@@ -228,6 +231,13 @@ fn enter_root(device: &str, warnings: &mut Vec<String>) -> Result<(), (&'static 
     let _there_already = fs::create_dir(NEW);
     rustix::mount::mount(device, NEW, "ext4", MountFlags::empty(), c"")
         .map_err(|error| ("root mount", format!("{device}: {error}")))?;
+    if let Err(error) = disk::grow_one(device, NEW) {
+        warn(warnings, format!("the file system on {device} stays smaller than the disk: {error}"));
+    }
+    if let Some(instance) = instance {
+        // Two of the same would be worse than none.
+        disk::renew(Path::new(NEW), instance).map_err(|error| ("renewal of a clone", error.to_string()))?;
+    }
     let switch = || -> io::Result<()> {
         let old = rustix::fs::open("/", OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
         for inside in ["/proc", "/sys", "/dev", "/run"] {
@@ -354,6 +364,9 @@ mod tests {
     #[test]
     fn the_command_line_is_read() {
         let words = Words::read("quiet burgeon.root=/dev/vda burgeon.init= other.root=/x burgeon.name=a-1\n");
-        assert_eq!(words, Words { root: Some("/dev/vda".into()), init: None, name: Some("a-1".into()) });
+        assert_eq!(
+            words,
+            Words { root: Some("/dev/vda".into()), init: None, name: Some("a-1".into()), instance: None }
+        );
     }
 }

@@ -8,6 +8,7 @@
 mod agent;
 mod boot;
 mod channel;
+mod disk;
 mod each;
 mod exec;
 mod files;

@@ -22,6 +22,7 @@ pub(super) fn row(name: &str) -> VmRow {
         version: 1,
         created_s: 5,
         starts: 0,
+        source: None,
     }
 }
 

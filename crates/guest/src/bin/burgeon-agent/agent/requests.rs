@@ -6,6 +6,7 @@ use burgeon_guest::protocol::{Answer, Failure, FailureKind, Request, StopHow};
 
 use super::Agent;
 use crate::{
+    disk,
     exec::Exec,
     files::{self, Get, Put},
     freeze,
@@ -77,6 +78,7 @@ impl Agent {
                 freeze::thaw().map(|()| Answer::Done)
             }
             Request::Stop { how } => self.stop(how),
+            Request::Grow => disk::grow_all(),
             Request::Identity { host_name } => system::set_host_name(&host_name),
         })
     }
