@@ -53,6 +53,15 @@ pub struct Checked {
     pub bytes: u64,
     /// Empty where all is well.
     pub problems: Vec<Problem>,
+    /// Damaged copies of chunks that a repair lets go of, so that the next writer stores them again.
+    #[serde(default)]
+    pub repairable: u64,
+    /// Those that were let go of.
+    #[serde(default)]
+    pub repaired: u64,
+    /// What needs these chunks, such as `image web`, `disk ID`.
+    #[serde(default)]
+    pub needed_by: Vec<String>,
 }
 
 /// Something damaged.

@@ -291,6 +291,9 @@ pub enum StoreCommand {
         /// Bytes to read in a second, at most
         #[arg(long, value_name = "SIZE")]
         rate: Option<ByteSize>,
+        /// Let go of damaged copies, so that building, importing or pulling again stores them anew
+        #[arg(long)]
+        repair: bool,
     },
     /// Check that all that is kept can be found; exit code 1 for damage
     Fsck,

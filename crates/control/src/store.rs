@@ -77,7 +77,7 @@ pub(crate) fn collect(state: &Shared) -> Result<mpsc::Receiver<Progress>> {
 }
 
 pub(crate) fn scrub(state: &Shared, request: &ScrubStore) -> Result<mpsc::Receiver<Progress>> {
-    let rate = request.rate.map(|rate| rate.0);
+    let (rate, repair) = (request.rate.map(|rate| rate.0), request.repair);
     if rate == Some(0) {
         return Err(Error::invalid("a rate of no bytes would never end"));
     }
@@ -94,7 +94,7 @@ pub(crate) fn scrub(state: &Shared, request: &ScrubStore) -> Result<mpsc::Receiv
             }
             Ok(())
         };
-        checked(chunk_store::scrub(&state.store, &mut held)?)
+        checked(chunk_store::scrub(&state.store, repair, &mut held)?)
     })
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use burgeon_api::{
     ByteSize, Error, Result,
     http::{Progress, ScrubStore},
-    store::{Collected, Problem, StoreView},
+    store::{Checked, Collected, Problem, StoreView},
 };
 use serde_json::json;
 
@@ -20,8 +20,8 @@ pub(super) async fn run(context: &Context, command: StoreCommand) -> Result<u8> 
             let (Progress::Collected(collected), took) = follow(lines).await? else { return Err(strange()) };
             collect(context, &collected, took)
         }
-        StoreCommand::Scrub { rate } => {
-            let lines = context.client()?.lines("/v1/store/scrub", Some(&ScrubStore { rate })).await?;
+        StoreCommand::Scrub { rate, repair } => {
+            let lines = context.client()?.lines("/v1/store/scrub", Some(&ScrubStore { rate, repair })).await?;
             checked(context, lines).await
         }
         StoreCommand::Fsck => {
@@ -71,6 +71,9 @@ pub(super) async fn checked(context: &Context, lines: Lines<Progress>) -> Result
         let said = if said.is_empty() { "nothing to check".into() } else { said.join(", ") };
         output::note(&format!("{said} ({:.1} s)", took.as_secs_f64()));
         tell(&checked.problems);
+        if let Some(next) = next_step(&checked) {
+            output::note(&burgeon_api::path_text::printable(&next));
+        }
     }
     Ok(u8::from(!checked.problems.is_empty()))
 }
@@ -79,11 +82,31 @@ fn tell(problems: &[Problem]) {
     for Problem { place, what } in problems {
         output::note(&burgeon_api::path_text::printable(&format!("damaged: {place}: {what}")));
     }
-    if !problems.is_empty() {
-        // A chunk that the catalog knows is not stored anew, however bad its copy is.
-        output::note(
-            "remove the images that need it, run burgeon store gc an hour later, and build or import them again",
-        );
+}
+
+/// What to do about damage. A chunk that the catalog knows is not stored anew, however bad its copy is.
+fn next_step(checked: &Checked) -> Option<String> {
+    let needed_by = if checked.needed_by.is_empty() {
+        "no image and no disk needs them".into()
+    } else {
+        format!("needed by {}", checked.needed_by.join(", "))
+    };
+    let count = |count: u64| format!("{count} damaged {}", if count == 1 { "copy" } else { "copies" });
+    match checked {
+        Checked { problems, .. } if problems.is_empty() => None,
+        Checked { repaired: 1.., .. } => Some(format!(
+            "{} let go of, {needed_by}: build, import or pull these images again, and what is missing is stored anew",
+            count(checked.repaired)
+        )),
+        Checked { repairable: 1.., .. } => Some(format!(
+            "{}, {needed_by}: burgeon store scrub --repair lets go of them, so that they can be stored anew",
+            count(checked.repairable)
+        )),
+        _ => Some(
+            "burgeon store scrub --repair lets go of damaged copies; build, import or pull the images again, and what is \
+             missing is stored anew"
+                .into(),
+        ),
     }
 }
 
@@ -102,6 +125,9 @@ fn collect(context: &Context, collected: &Collected, took: Duration) -> Result<u
         ));
         output::print(&format!("{} freed\n", ByteSize(collected.bytes_freed)));
         tell(&collected.problems);
+        if !collected.problems.is_empty() {
+            output::note("burgeon store scrub tells what needs it");
+        }
     }
     Ok(u8::from(!collected.problems.is_empty()))
 }

@@ -41,7 +41,7 @@ fn picture() -> Vec<u8> {
 /// An image with a disk in the store, as a build leaves it, but long ago.
 fn image(desk: &Desk, name: &str, bytes: &[u8]) {
     let next = AtomicU64::new(1);
-    let unique = u128::from(bytes.len() as u64) << 64;
+    let unique = u128::from((bytes.len() + name.len()) as u64) << 64;
     let source = Source {
         now_us: Arc::new(|| 1_000_000),
         uuid: Arc::new(move || (unique + u128::from(next.fetch_add(1, Ordering::Relaxed))).to_be_bytes()),
@@ -148,4 +148,23 @@ async fn a_disk_is_exported_whole_or_not_at_all() {
     assert!(checked(&desk, "/v1/store/fsck").await.problems.is_empty(), "it reads no data");
     let rate = desk.work("/v1/store/scrub", &json!({"rate": 0})).await.unwrap_err();
     assert_eq!(rate.kind, ErrorKind::Invalid);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damage_is_healed_by_a_repair_and_the_same_bytes() {
+    let desk = Desk::open().await;
+    let picture = picture();
+    tokio::task::block_in_place(|| image(&desk, "disk", &picture));
+    damage(&desk.data().join("store/packs"));
+    let told = checked(&desk, "/v1/store/scrub").await;
+    assert_eq!((told.problems.len(), told.repairable, told.repaired), (1, 1, 0), "{told:?}");
+    assert_eq!(told.needed_by, ["image disk"]);
+    let repaired = desk.work("/v1/store/scrub", &json!({"repair": true})).await.unwrap();
+    assert!(matches!(&repaired, Progress::Checked(checked) if checked.repaired == 1), "{repaired:?}");
+    assert_eq!(checked(&desk, "/v1/images/disk/verify").await.problems.len(), 1);
+    tokio::task::block_in_place(|| image(&desk, "disk-again", &picture));
+    for path in ["/v1/images/disk/verify", "/v1/images/disk-again/verify", "/v1/store/fsck", "/v1/store/scrub"] {
+        let checked = checked(&desk, path).await;
+        assert!(checked.problems.is_empty() && checked.needed_by.is_empty(), "{path}: {checked:?}");
+    }
 }

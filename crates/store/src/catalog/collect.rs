@@ -223,6 +223,19 @@ fn sweep(connection: &mut Connection, ids: &[ChunkId], untouched_since_us: u64) 
     Ok(kept(ids, &deleted))
 }
 
+pub(super) fn is_used(connection: &mut Connection, id: PackId) -> Result<bool> {
+    Ok(connection.query_first("SELECT 1 FROM chunk WHERE pack = $1 LIMIT 1", &[pack_blob(&id)])?.is_some())
+}
+
+pub(super) fn let_go_of_copies(connection: &mut Connection, copies: &[(ChunkId, Place)]) -> Result<u64> {
+    let rows: Vec<_> = copies
+        .iter()
+        .map(|(id, place)| vec![blob(id), pack_blob(&place.pack), place.offset.into(), place.stored.into()])
+        .collect();
+    let sql = "DELETE FROM chunk WHERE id = $1 AND pack = $2 AND position = $3 AND stored = $4";
+    Ok(connection.execute_each(sql, &rows)?.iter().sum())
+}
+
 pub(super) fn move_chunks(
     connection: &mut Connection,
     from: PackId,

@@ -26,7 +26,7 @@ fn run(store: &ChunkStore) -> burgeon_api::store::Collected {
 }
 
 fn assert_sound(store: &ChunkStore) {
-    for checked in [fsck(store, &mut |_, _, _| Ok(())).unwrap(), scrub(store, &mut |_, _, _| Ok(())).unwrap()] {
+    for checked in [fsck(store, &mut |_, _, _| Ok(())).unwrap(), scrub(store, false, &mut |_, _, _| Ok(())).unwrap()] {
         assert!(checked.problems.is_empty(), "{checked:?}");
     }
 }
@@ -129,7 +129,7 @@ fn a_map_that_cannot_be_read_stops_a_collection_before_anything_is_deleted() {
     let checked = fsck(&store, &mut |_, _, _| Ok(())).unwrap();
     assert_eq!(checked.problems.len(), 1, "{checked:?}");
     assert_eq!(checked.problems[0].place, "image bad");
-    let checked = scrub(&store, &mut |_, _, _| Ok(())).unwrap();
+    let checked = scrub(&store, false, &mut |_, _, _| Ok(())).unwrap();
     assert_eq!(checked.problems.len(), 1, "{checked:?}");
     assert_eq!(checked.problems[0].place, format!("{} at byte {}", path.display(), place.offset));
 
@@ -137,11 +137,11 @@ fn a_map_that_cannot_be_read_stops_a_collection_before_anything_is_deleted() {
     let end = content.len() - 1;
     content[end] ^= 1;
     std::fs::write(&path, &content).unwrap();
-    let checked = scrub(&store, &mut |_, _, _| Ok(())).unwrap();
+    let checked = scrub(&store, false, &mut |_, _, _| Ok(())).unwrap();
     assert_eq!(checked.problems.len(), 2, "{checked:?}");
     std::fs::remove_file(&path).unwrap();
     let store = open_at(directory.path(), &clock);
-    assert_eq!(scrub(&store, &mut |_, _, _| Ok(())).unwrap().problems.len(), 1);
+    assert_eq!(scrub(&store, false, &mut |_, _, _| Ok(())).unwrap().problems.len(), 1);
     let checked = fsck(&store, &mut |_, _, _| Ok(())).unwrap();
     assert_eq!(checked.problems.len(), 2, "{checked:?}");
     assert!(collect(&store, GRACE, &mut |_, _, _| Ok(())).is_err());
