@@ -34,6 +34,19 @@ pub struct Collected {
     pub chunks_deleted: u64,
     pub packs_dropped: u64,
     pub packs_repacked: u64,
+    /// Small packs that became part of larger ones.
+    #[serde(default)]
+    pub packs_joined: u64,
+    /// Roots whose time was over, and those of disks that images do not have any more.
+    #[serde(default)]
+    pub roots_expired: u64,
+    #[serde(default)]
+    pub roots_let_go: u64,
+    /// Caches of what VMs have read of images that nothing names any more, and their bytes on this machine's disk.
+    #[serde(default)]
+    pub caches_removed: u64,
+    #[serde(default)]
+    pub cache_bytes_freed: u64,
     /// Files that writers left when they died.
     pub files_removed: u64,
     /// Bytes that packs take less than before.

@@ -102,8 +102,8 @@ impl DiskStore for Keeper<'_> {
 }
 
 /// Removes the roots that no image names any more. What only they kept is collected later.
-/// Done before every collection.
-pub(crate) async fn let_go(store: &ChunkStore, data: &DataPaths) -> Result<()> {
+/// Done before every collection. Answers how many went.
+pub(crate) async fn let_go(store: &ChunkStore, data: &DataPaths) -> Result<u64> {
     let mut named = HashSet::new();
     for stored in burgeon_image::list(data)? {
         match stored {
@@ -117,10 +117,11 @@ pub(crate) async fn let_go(store: &ChunkStore, data: &DataPaths) -> Result<()> {
         }
     }
     let now_us = now_us();
+    let mut gone = 0;
     for root in store.catalog().roots(Some(ROOT_KIND)).await? {
         if !named.contains(&root.name) && root.created_us + GRACE_US < now_us {
-            store.catalog().remove_root(ROOT_KIND, &root.name, Some(root.map)).await?;
+            gone += u64::from(store.catalog().remove_root(ROOT_KIND, &root.name, Some(root.map)).await?);
         }
     }
-    Ok(())
+    Ok(gone)
 }

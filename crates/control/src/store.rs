@@ -69,8 +69,11 @@ fn taken(directory: &Path) -> Result<u64> {
 
 pub(crate) fn collect(state: &Shared) -> Result<mpsc::Receiver<Progress>> {
     long_work(state, false, |state, watch| {
-        Handle::current().block_on(disks::let_go(&state.store, &state.data_paths()))?;
-        let collected = chunk_store::collect(&state.store, GRACE_US, watch)?;
+        let roots_let_go = Handle::current().block_on(disks::let_go(&state.store, &state.data_paths()))?;
+        let mut collected = chunk_store::collect(&state.store, GRACE_US, watch)?;
+        collected.roots_let_go = roots_let_go;
+        let caches = state.layout.store().join("cache");
+        chunk_store::read_cache::drop_caches(&state.store, &caches, GRACE_US, watch, &mut collected)?;
         tracing::info!(?collected, "garbage is collected");
         Ok(Progress::Collected(collected))
     })

@@ -20,7 +20,7 @@ use burgeon_qemu::{
 use burgeon_store::{
     ChunkId,
     catalog::NewRoot,
-    chunk_store::{ChunkStore, Source},
+    chunk_store::{ChunkStore, Source, read_cache},
     disk::{Disk, ImageBase},
 };
 
@@ -178,10 +178,10 @@ impl Disks {
         }
         bases.retain(|_, base| base.strong_count() > 0);
         let cache = self.cache(root);
-        if let Some(directory) = cache.parent() {
-            fs::create_dir_all(directory).map_err(|error| Error::io("make the store's cache", &error))?;
-        }
+        // A collection may be about to remove what no disk has used for long.
+        let held = cache.parent().map(read_cache::hold).transpose()?;
         let base = Arc::new(ImageBase::open(self.store()?.clone(), root, &cache)?);
+        drop(held);
         bases.insert(root, Arc::downgrade(&base));
         drop(bases);
         self.fetch_ahead(root, &base);

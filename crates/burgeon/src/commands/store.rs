@@ -115,15 +115,30 @@ fn collect(context: &Context, collected: &Collected, took: Duration) -> Result<u
         output::json(collected)?;
     } else {
         output::note(&format!(
-            "{} of {} chunks deleted, {} packs dropped, {} written anew, {} left-over files removed ({:.1} s)",
+            "{} of {} chunks deleted, {} packs dropped, {} written anew, {} joined, {} left-over files removed ({:.1} s)",
             collected.chunks_deleted,
             collected.chunks_seen,
             collected.packs_dropped,
             collected.packs_repacked,
+            collected.packs_joined,
             collected.files_removed,
             took.as_secs_f64()
         ));
-        output::print(&format!("{} freed\n", ByteSize(collected.bytes_freed)));
+        if collected.roots_expired + collected.roots_let_go > 0 {
+            output::note(&format!(
+                "{} roots were over, {} disks belonged to no image any more",
+                collected.roots_expired, collected.roots_let_go
+            ));
+        }
+        if collected.caches_removed > 0 {
+            output::note(&format!(
+                "{} caches of what was read of former images removed, {}",
+                collected.caches_removed,
+                ByteSize(collected.cache_bytes_freed)
+            ));
+        }
+        let freed = collected.bytes_freed + collected.cache_bytes_freed;
+        output::print(&format!("{} freed\n", ByteSize(freed)));
         tell(&collected.problems);
         if !collected.problems.is_empty() {
             output::note("burgeon store scrub tells what needs it");

@@ -62,15 +62,13 @@ impl Catalog {
     /// As there.
     pub fn blocking_move_chunks(
         &self,
-        from: PackId,
         to: PackId,
         length: u64,
-        entries: Vec<Entry>,
+        moves: Vec<(PackId, Entry)>,
         now_us: u64,
     ) -> Result<u64> {
-        self.database.blocking_write("move chunks", move |connection| {
-            move_chunks(connection, from, to, length, &entries, now_us)
-        })
+        self.database
+            .blocking_write("move chunks", move |connection| move_chunks(connection, to, length, &moves, now_us))
     }
 
     /// [`Catalog::drop_packs`].

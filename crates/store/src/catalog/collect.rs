@@ -120,22 +120,14 @@ impl Catalog {
             .await
     }
 
-    /// Gives chunks of one pack their places in a new one, which lies complete on its disk. Chunks that have gone, or
-    /// have their place elsewhere by now, are left as they are. Answers how many have their place in the new pack.
+    /// Gives chunks their places in a new pack, which lies complete on its disk; each comes with the pack in which it lay.
+    /// Chunks that have gone, or have their place elsewhere by now, are left as they are. Answers how many have their
+    /// place in the new pack.
     ///
     /// # Errors
     /// `Invalid` for an entry of another pack than the new one; `Conflict` for a new pack that is being dropped.
-    pub async fn move_chunks(
-        &self,
-        from: PackId,
-        to: PackId,
-        length: u64,
-        entries: Vec<Entry>,
-        now_us: u64,
-    ) -> Result<u64> {
-        self.database
-            .write("move chunks", move |connection| move_chunks(connection, from, to, length, &entries, now_us))
-            .await
+    pub async fn move_chunks(&self, to: PackId, length: u64, moves: Vec<(PackId, Entry)>, now_us: u64) -> Result<u64> {
+        self.database.write("move chunks", move |connection| move_chunks(connection, to, length, &moves, now_us)).await
     }
 
     /// The first step of dropping packs: those of them that no chunk names, and that were added before the time given,
@@ -266,28 +258,27 @@ pub(super) fn let_go_of_copies(connection: &mut Connection, copies: &[(ChunkId, 
 
 pub(super) fn move_chunks(
     connection: &mut Connection,
-    from: PackId,
     to: PackId,
     length: u64,
-    entries: &[Entry],
+    moves: &[(PackId, Entry)],
     now_us: u64,
 ) -> Result<u64> {
-    if from == to || entries.iter().any(|entry| entry.place.pack != to) {
-        return Err(Error::invalid(format!("chunks are moved from pack {from} to another pack, {to}, alone")));
+    if moves.iter().any(|(from, entry)| *from == to || entry.place.pack != to) {
+        return Err(Error::invalid(format!("chunks are moved from other packs to the new one, {to}, alone")));
     }
     if insert_pack(connection, to, length, now_us)? {
         let sql = "UPDATE chunk SET pack = $3, position = $4, stored = $5 WHERE id = $1 AND pack = $2";
-        let rows: Vec<Vec<Value>> = entries
+        let rows: Vec<Vec<Value>> = moves
             .iter()
-            .map(|entry| {
+            .map(|(from, entry)| {
                 let place = entry.place;
-                vec![blob(&entry.id), pack_blob(&from), pack_blob(&to), place.offset.into(), place.stored.into()]
+                vec![blob(&entry.id), pack_blob(from), pack_blob(&to), place.offset.into(), place.stored.into()]
             })
             .collect();
         return Ok(connection.execute_each(sql, &rows)?.iter().sum());
     }
     // The same request again: its pack was added with its rows.
-    let ids: Vec<ChunkId> = entries.iter().map(|entry| entry.id).collect();
+    let ids: Vec<ChunkId> = moves.iter().map(|(_, entry)| entry.id).collect();
     let there = super::places(connection, &ids)?;
     let count = there.iter().flatten().filter(|place| place.pack == to).count();
     Ok(u64::try_from(count).unwrap_or(u64::MAX))

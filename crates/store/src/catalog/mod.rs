@@ -4,7 +4,7 @@
 //!
 //! - A root is set only while everything it is said to rely on is here; or while another root keeps the same map
 //!   ([`Catalog::blocking_share_root`]). A sweep is refused once a root was set that its collection has not seen, and a
-//!   root once chunks were deleted that its writer had seen ([`fence`]). No clock is needed for that.
+//!   root once chunks were deleted since its writer saw its own (`fence.rs`). No clock is needed for that.
 //! - So that writers seldom have to begin again, one that finds a chunk here touches it in the same transaction
 //!   ([`Catalog::claim`]), and a sweep deletes only what nobody touched for a while.
 //! - A pack that is here gets no more rows: [`Catalog::add_pack`] and [`Catalog::move_chunks`] add a pack with its rows

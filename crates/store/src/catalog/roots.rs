@@ -16,7 +16,7 @@ pub struct Root {
     /// The chunk that all others of this root are found from.
     pub map: ChunkId,
     pub created_us: u64,
-    /// From when on it no longer keeps anything; the one who collects decides.
+    /// From when on it no longer keeps anything; the next collection removes it.
     pub expires_us: Option<u64>,
     pub note: String,
 }
@@ -113,6 +113,16 @@ impl Catalog {
     pub fn blocking_remove_root(&self, kind: &str, name: &str, expected: Option<ChunkId>) -> Result<bool> {
         let (kind, name) = (kind.to_string(), name.to_string());
         self.database.blocking_write("remove root", move |connection| remove(connection, &kind, &name, expected))
+    }
+
+    /// Removes all roots whose time is over. Answers how many. A thread waits.
+    ///
+    /// # Errors
+    /// The database's.
+    pub fn blocking_expire_roots(&self, now_us: u64) -> Result<u64> {
+        self.database.blocking_write("let go of expired roots", move |connection| {
+            connection.execute("DELETE FROM root WHERE expires_us <= $1", &[now_us.into()])
+        })
     }
 
     /// Gives the root with this map another name.

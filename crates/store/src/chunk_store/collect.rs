@@ -1,8 +1,8 @@
 //! Garbage collection, beside everybody who reads and writes.
 //!
 //! Mark: everything that the roots lead to. Sweep: chunks that are not marked, and that nobody touched since `cut`, the
-//! collection's start less its grace, are deleted. Then packs without chunks go, sparse ones are written anew, and so
-//! does what dead writers left.
+//! collection's start less its grace, are deleted. Then packs without chunks go, sparse ones are written anew, many
+//! small ones are joined, and what dead writers left goes too.
 //!
 //! Why no root ever misses a chunk. Maps never change, so a marked map is marked for good. A sweep runs only while no root
 //! was set since the roots were last read, and all that those lead to is marked before it is asked for: see the
@@ -23,13 +23,13 @@
 //! A map that cannot be read ends the collection before anything is deleted, since what it leads to is not known. Marks
 //! are kept by kind: somebody may store bytes that are those of a map's node, as data.
 //!
-//! A root's expiry is not looked at: a root keeps its chunks until it is removed.
+//! A root whose time is over is removed first; until then, it keeps its chunks.
 //!
 //! A kill between any two steps leaves at worst an object without a row, or a pack that is dropping. The next
 //! collections, once their grace has passed, remove both.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     time::{Duration, SystemTime},
 };
 
@@ -41,7 +41,7 @@ use burgeon_api::{
 use super::{ChunkStore, Watch, object_name, repack};
 use crate::{
     ChunkId, PackId,
-    catalog::{PackState, Root, RootsSeen},
+    catalog::{PackState, PackUsage, Root, RootsSeen},
     chunk::Kind,
     map,
 };
@@ -82,7 +82,9 @@ impl Marks {
 /// A root's map that cannot be read, by the root's name: then nothing was deleted. Those of the store, and of `watch`.
 pub fn collect(store: &ChunkStore, grace_us: u64, watch: &mut Watch<'_>) -> Result<Collected> {
     let cut_us = store.now_us().saturating_sub(grace_us);
-    let mut report = Collected::default();
+    watch("roots", 0, 0)?;
+    let roots_expired = store.catalog.blocking_expire_roots(store.now_us())?;
+    let mut report = Collected { roots_expired, ..Collected::default() };
     sweep(store, cut_us, watch, &mut report)?;
     packs(store, cut_us, watch, &mut report)?;
     left_over(store, cut_us, watch, &mut report)?;
@@ -155,27 +157,25 @@ fn packs(store: &ChunkStore, cut_us: u64, watch: &mut Watch<'_>, report: &mut Co
     let lengths: Vec<(PackId, u64)> = empty.map(|pack| (pack.id, pack.length)).collect();
     drop_packs(store, &lengths, cut_us, watch, report)?;
 
-    let sparse = usage.iter().filter(|pack| {
-        pack.state == PackState::Live && pack.live_chunks > 0 && pack.created_us < cut_us && repack::is_sparse(pack)
-    });
-    let sparse: Vec<(PackId, u64)> = sparse.map(|pack| (pack.id, pack.length)).collect();
-    let mut rows = repack::rows_of(store, &sparse.iter().map(|(pack, _)| *pack).collect(), watch)?;
-    let mut moved = Vec::new();
-    for (index, (pack, length)) in sparse.iter().enumerate() {
-        watch("repack", index as u64, sparse.len() as u64)?;
-        match repack::repack(store, *pack, rows.remove(pack).unwrap_or_default(), watch)? {
-            Ok(new_length) => {
-                report.packs_repacked += 1;
-                // Negative only until the old pack is dropped, below.
-                moved.push((*pack, length.saturating_sub(new_length)));
-            }
-            Err(problem) => report.problems.push(problem),
-        }
-    }
-    let dropped = report.packs_dropped;
+    let old = |pack: &&PackUsage| pack.state == PackState::Live && pack.live_chunks > 0 && pack.created_us < cut_us;
+    let (sparse, others): (Vec<&PackUsage>, Vec<&PackUsage>) =
+        usage.iter().filter(old).partition(|pack| repack::is_sparse(pack));
+    let small: Vec<&PackUsage> = others.into_iter().filter(|pack| repack::is_small(pack)).collect();
+    let small = if small.len() >= repack::MANY { small } else { Vec::new() };
+    let anew: HashMap<PackId, u64> = sparse.iter().chain(&small).map(|pack| (pack.id, pack.length)).collect();
+    let mut rows = repack::rows_of(store, &anew.keys().copied().collect(), watch)?;
+    let chosen = sparse.iter().chain(&small).map(|pack| (pack.id, rows.remove(&pack.id).unwrap_or_default()));
+    let repacked = repack::repack(store, chosen.collect(), watch)?;
+    report.problems.extend(repacked.problems);
+    let joined = small.iter().filter(|pack| repacked.moved.contains(&pack.id)).count() as u64;
+    report.packs_joined += joined;
+    report.packs_repacked += repacked.moved.len() as u64 - joined;
+    let moved: Vec<(PackId, u64)> = anew.into_iter().filter(|(pack, _)| repacked.moved.contains(pack)).collect();
+    let (dropped, freed) = (report.packs_dropped, report.bytes_freed);
     drop_packs(store, &moved, cut_us, watch, report)?;
-    // Those are told as repacked.
+    // Those are told as repacked, and the new packs take their room.
     report.packs_dropped = dropped;
+    report.bytes_freed = freed + (report.bytes_freed - freed).saturating_sub(repacked.bytes);
     Ok(())
 }
 

@@ -8,6 +8,7 @@ mod collect;
 mod flights;
 mod fsck;
 mod ingest;
+pub mod read_cache;
 mod repack;
 mod scrub;
 mod writer;

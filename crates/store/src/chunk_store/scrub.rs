@@ -204,11 +204,8 @@ fn let_go(store: &ChunkStore, damaged: &[PackId], found: &mut Found, watch: &mut
     });
     found.checked.repaired = store.catalog.blocking_let_go_of_copies(still)?;
     let rest = rows_of(store, &damaged.iter().copied().collect(), watch)?;
-    for (pack, rows) in rest {
-        watch("repair", 0, 0)?;
-        // What cannot be read though it is no damage stays where it is; it was told above.
-        drop(repack::repack(store, pack, rows, watch)?);
-    }
+    // What cannot be read though it is no damage stays where it is; it was told above.
+    repack::repack(store, rest.into_iter().collect(), watch)?;
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 mod collect;
 mod heal;
+mod left_over;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -5,13 +5,13 @@ use std::{path::PathBuf, sync::Condvar, thread};
 use super::*;
 use crate::{catalog::PackState, map::chunks, testing::Seeded};
 
-const GRACE: u64 = GRACE_US;
+pub(super) const GRACE: u64 = GRACE_US;
 /// Later than the time of any file that a test makes.
-const FUTURE: u64 = 4_000_000_000_000_000;
+pub(super) const FUTURE: u64 = 4_000_000_000_000_000;
 /// Earlier.
-const PAST: u64 = 1_000_000_000_000;
+pub(super) const PAST: u64 = 1_000_000_000_000;
 
-fn open_at(directory: &Path, clock: &Arc<AtomicU64>) -> Arc<ChunkStore> {
+pub(super) fn open_at(directory: &Path, clock: &Arc<AtomicU64>) -> Arc<ChunkStore> {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     let clock = clock.clone();
     let source = Source {
@@ -21,22 +21,22 @@ fn open_at(directory: &Path, clock: &Arc<AtomicU64>) -> Arc<ChunkStore> {
     ChunkStore::open(directory, source).unwrap()
 }
 
-fn run(store: &ChunkStore) -> burgeon_api::store::Collected {
+pub(super) fn run(store: &ChunkStore) -> burgeon_api::store::Collected {
     collect(store, GRACE, &mut |_, _, _| Ok(())).unwrap()
 }
 
-fn assert_sound(store: &ChunkStore) {
+pub(super) fn assert_sound(store: &ChunkStore) {
     for checked in [fsck(store, &mut |_, _, _| Ok(())).unwrap(), scrub(store, false, &mut |_, _, _| Ok(())).unwrap()] {
         assert!(checked.problems.is_empty(), "{checked:?}");
     }
 }
 
-fn pack_files(directory: &Path) -> Vec<PathBuf> {
+pub(super) fn pack_files(directory: &Path) -> Vec<PathBuf> {
     let folders = std::fs::read_dir(directory.join("packs")).unwrap().flatten();
     folders.flat_map(|folder| std::fs::read_dir(folder.path()).unwrap().flatten()).map(|file| file.path()).collect()
 }
 
-fn remove(store: &ChunkStore, name: &str) {
+pub(super) fn remove(store: &ChunkStore, name: &str) {
     assert!(store.catalog.blocking_remove_root("image", name, None).unwrap());
 }
 

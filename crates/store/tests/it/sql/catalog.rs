@@ -145,6 +145,14 @@ async fn roots_change_only_as_expected(home: Home) {
     assert_eq!(catalog.remove_root("image", "www", Some(chunk(0))).await.unwrap_err().kind, ErrorKind::Conflict);
     assert!(catalog.remove_root("image", "www", Some(chunk(1))).await.unwrap());
     assert!(!catalog.remove_root("image", "www", None).await.unwrap());
+
+    for (name, expires_us) in [("soon", Some(50)), ("later", Some(51)), ("never", None)] {
+        catalog.set_root(NewRoot { expires_us, ..root(name, None, chunk(0)) }, 14).await.unwrap();
+    }
+    let expire = |now_us| thread::scope(|scope| scope.spawn(|| catalog.blocking_expire_roots(now_us)).join().unwrap());
+    assert_eq!((expire(49).unwrap(), expire(50).unwrap(), expire(50).unwrap()), (0, 1, 0));
+    assert!(catalog.root("image", "soon").await.unwrap().is_none());
+    assert!(catalog.root("image", "later").await.unwrap().is_some());
 }
 
 async fn a_root_relies_on_what_is_there(home: Home) {
@@ -170,14 +178,21 @@ async fn chunks_move_to_a_new_pack(home: Home) {
     sweep(&catalog, vec![chunk(0)], 11);
     let new = entries(pack(3), [0, 1, 2, 5]);
     for _ in 0..2 {
-        let moved = catalog.move_chunks(pack(1), pack(3), 4_000, new.clone(), 12).await.unwrap();
+        let moves = new.iter().map(|entry| (pack(1), *entry)).collect();
+        let moved = catalog.move_chunks(pack(3), 4_000, moves, 12).await.unwrap();
         assert_eq!(moved, 2, "one is gone, one lies elsewhere; and the same again changes nothing");
     }
     let places = catalog.places(vec![chunk(0), chunk(1), chunk(2), chunk(3), chunk(5)]).await.unwrap();
     let packs: Vec<_> = places.iter().map(|place| place.map(|place| place.pack)).collect();
     assert_eq!(packs, [None, Some(pack(3)), Some(pack(3)), Some(pack(1)), Some(pack(2))]);
     assert_eq!(places[2], Some(new[2].place));
-    let wrong = catalog.move_chunks(pack(1), pack(4), 1_000, new, 12).await.unwrap_err();
+    // Two packs are joined.
+    let joined = entries(pack(4), [3, 5]);
+    let moves = vec![(pack(1), joined[0]), (pack(2), joined[1])];
+    assert_eq!(catalog.move_chunks(pack(4), 2_000, moves, 12).await.unwrap(), 2);
+    assert_eq!(catalog.places(vec![chunk(3), chunk(5)]).await.unwrap(), [Some(joined[0].place), Some(joined[1].place)]);
+    let moves = new.iter().map(|entry| (pack(1), *entry)).collect();
+    let wrong = catalog.move_chunks(pack(5), 1_000, moves, 12).await.unwrap_err();
     assert_eq!(wrong.kind, ErrorKind::Invalid);
 }
 

@@ -113,7 +113,7 @@ async fn a_damaged_copy_that_is_let_go_of_counts_as_deleted(home: Home) {
 /// Time stands still, and there is no grace: only the fence is left. Of every root, all chunks are there, always.
 async fn roots_and_sweeps_by_lot(home: Home) {
     const POOL: u32 = 24;
-    const ROUNDS: u32 = 300;
+    const ROUNDS: u32 = 120;
     let random = std::collections::hash_map::RandomState::new();
     let lot = |what: (u32, u32, u32), below: u32| u32::try_from(random.hash_one(what) % u64::from(below)).unwrap();
     // What the chunk of a map leads to; maps are never changed, so that whoever knows one reads it right.
@@ -123,8 +123,13 @@ async fn roots_and_sweeps_by_lot(home: Home) {
     let write = |writer: u32| {
         let catalog = Catalog::open(&home.address).unwrap();
         let mut number = writer * 100_000;
+        let mut own: HashMap<String, Vec<ChunkId>> = HashMap::new();
         for round in 0..ROUNDS {
             let name = format!("{writer}-{}", lot((writer, round, 0), 3));
+            // As long as a root is there, and nobody else removes this writer's, so are its chunks.
+            if let Some(kept) = own.remove(&name) {
+                assert!(catalog.blocking_places(kept).unwrap().iter().all(Option::is_some), "{name} misses chunks");
+            }
             catalog.blocking_remove_root("image", &name, None).unwrap();
             let map = 1_000 + writer * ROUNDS + round;
             let mut needs: Vec<u32> = (1..5).map(|index| lot((writer, round, index), POOL)).collect();
@@ -144,6 +149,7 @@ async fn roots_and_sweeps_by_lot(home: Home) {
                     count("a chunk was gone");
                 } else if catalog.blocking_set_root_since(root(&name, None, chunk(map)), before, 10).unwrap() {
                     count("set");
+                    own.insert(name, ids);
                     break;
                 } else {
                     count("looked again");
@@ -159,21 +165,9 @@ async fn roots_and_sweeps_by_lot(home: Home) {
             let known = maps.lock().unwrap().clone();
             let marked: HashSet<ChunkId> = roots.iter().flat_map(|root| known[&root.map].clone()).collect();
             let all = catalog.blocking_chunks_after(None, 100_000).unwrap();
-            // What the roots that were just read lead to is there.
-            let there: HashSet<ChunkId> = marked
-                .iter()
-                .copied()
-                .zip(catalog.blocking_places(marked.iter().copied().collect()).unwrap())
-                .filter(|(_, place)| place.is_some())
-                .map(|(id, _)| id)
-                .collect();
             let unmarked = all.iter().map(|chunk| chunk.id).filter(|id| !marked.contains(id)).collect();
             match catalog.blocking_sweep(unmarked, NO_GRACE, seen).unwrap() {
-                Some(deleted) if !deleted.is_empty() => {
-                    count("swept");
-                    // No root was set between, so that all marked chunks belong to roots, or to some that are removed.
-                    assert_eq!(there.len(), marked.len(), "a root misses chunks");
-                }
+                Some(deleted) if !deleted.is_empty() => count("swept"),
                 Some(_) => {}
                 None => count("sweep refused"),
             }
