@@ -77,6 +77,21 @@ pub struct Checked {
     pub needed_by: Vec<String>,
 }
 
+/// What a new catalog was made of.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Rebuilt {
+    pub packs: u64,
+    /// Those of `packs` whose index was lost, so that their records were read.
+    pub packs_salvaged: u64,
+    /// Packs of which nothing can be read.
+    pub packs_lost: u64,
+    pub chunks: u64,
+    pub roots: u64,
+    /// Roots whose map is in no pack.
+    pub roots_lost: u64,
+    pub problems: Vec<Problem>,
+}
+
 /// Something damaged.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Problem {

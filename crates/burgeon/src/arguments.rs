@@ -296,7 +296,11 @@ pub enum StoreCommand {
         repair: bool,
     },
     /// Check that all that is kept can be found; exit code 1 for damage
-    Fsck,
+    Fsck {
+        /// Make a new catalog of the packs, in place of a lost or damaged one; without a server
+        #[arg(long)]
+        rebuild: bool,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -21,7 +21,7 @@ use burgeon_store::{
 };
 
 /// Roots of images' disks.
-const ROOT_KIND: &str = "image";
+pub(crate) const ROOT_KIND: &str = "image";
 /// A root that no image names is left alone for so long: its image may be about to be written.
 const GRACE_US: u64 = 3600 * 1_000_000;
 
@@ -32,10 +32,15 @@ pub(crate) fn now_us() -> u64 {
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 
+/// The clock and the random numbers of a store.
+pub(crate) fn source() -> Source {
+    let uuid = || *burgeon_api::VmId::generate().uuid().as_bytes();
+    Source { now_us: Arc::new(now_us), uuid: Arc::new(uuid) }
+}
+
 /// Opens the store of this data directory.
 pub(crate) fn open(directory: &Path) -> Result<Arc<ChunkStore>> {
-    let uuid = || *burgeon_api::VmId::generate().uuid().as_bytes();
-    ChunkStore::open(directory, Source { now_us: Arc::new(now_us), uuid: Arc::new(uuid) })
+    ChunkStore::open(directory, source())
 }
 
 /// Takes the disks of new images.

@@ -24,7 +24,8 @@ pub(super) async fn run(context: &Context, command: StoreCommand) -> Result<u8> 
             let lines = context.client()?.lines("/v1/store/scrub", Some(&ScrubStore { rate, repair })).await?;
             checked(context, lines).await
         }
-        StoreCommand::Fsck => {
+        StoreCommand::Fsck { rebuild: true } => rebuild(context).await,
+        StoreCommand::Fsck { rebuild: false } => {
             let lines = context.client()?.lines("/v1/store/fsck", Some(&json!({}))).await?;
             checked(context, lines).await
         }
@@ -145,6 +146,43 @@ fn collect(context: &Context, collected: &Collected, took: Duration) -> Result<u
         }
     }
     Ok(u8::from(!collected.problems.is_empty()))
+}
+
+/// Done here, and not by a server: a server has the catalog open, or cannot start without it.
+async fn rebuild(context: &Context) -> Result<u8> {
+    let (steps, mut told) = tokio::sync::mpsc::channel(256);
+    let data = context.data.clone();
+    let work = tokio::task::spawn_blocking(move || {
+        // A bar that is slow loses steps; and who ends this command ends the process, with the old catalog in its place.
+        let tell = |step| drop(steps.try_send(step));
+        burgeon_control::rebuild(&data, &tell, &|| false)
+    });
+    let mut progress = BuildProgress::new();
+    while let Some(step) = told.recv().await {
+        progress.show(&step);
+    }
+    let took = progress.finish();
+    let rebuilt = work.await.map_err(|error| Error::internal(format!("rebuild the catalog: {error}")))??;
+    if context.json {
+        output::json(&rebuilt)?;
+    } else {
+        output::note(&format!(
+            "a new catalog of {} packs with {} chunks, and {} roots ({:.1} s); {} packs lost their index, {} are lost, {} \
+             roots are lost",
+            rebuilt.packs,
+            rebuilt.chunks,
+            rebuilt.roots,
+            took.as_secs_f64(),
+            rebuilt.packs_salvaged,
+            rebuilt.packs_lost,
+            rebuilt.roots_lost
+        ));
+        tell(&rebuilt.problems);
+        output::note(
+            "burgeon store fsck tells whether anything misses chunks; the old catalog is kept beside the new one",
+        );
+    }
+    Ok(u8::from(!rebuilt.problems.is_empty()))
 }
 
 async fn stat(context: &Context) -> Result<u8> {

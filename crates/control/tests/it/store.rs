@@ -168,3 +168,41 @@ async fn damage_is_healed_by_a_repair_and_the_same_bytes() {
         assert!(checked.problems.is_empty() && checked.needed_by.is_empty(), "{path}: {checked:?}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_catalog_is_made_anew_while_no_server_runs() {
+    let mut desk = Desk::open().await;
+    tokio::task::block_in_place(|| image(&desk, "disk", &picture()));
+    let data = desk.data();
+    let rebuild = || tokio::task::block_in_place(|| burgeon_control::rebuild(&data, &|_| (), &|| false));
+    let served = rebuild().unwrap_err();
+    assert!(served.kind == ErrorKind::Conflict && served.hint.unwrap().contains("stop the server"));
+    desk.leave().await;
+
+    // A VM stands on the disk, and another record does not read.
+    let about: Image = serde_json::from_slice(&fs::read(data.join("images/disk/image.json")).unwrap()).unwrap();
+    let vm = burgeon_api::VmId::generate();
+    let records = [
+        ("one", json!({"format": 1, "launch": {"id": vm, "image": about}}).to_string()),
+        ("two", json!({"format": 1, "launch": {"id": vm, "image": {}}}).to_string()),
+        ("three", "half a rec".to_string()),
+    ];
+    for (name, text) in records {
+        let directory = data.join("vms").join(name);
+        fs::create_dir_all(&directory).unwrap();
+        fs::write(directory.join("vm.json"), text).unwrap();
+    }
+    for ending in ["", "-wal", "-shm"] {
+        drop(fs::remove_file(data.join(format!("store/catalog.db{ending}"))));
+    }
+    let rebuilt = rebuild().unwrap();
+    assert_eq!((rebuilt.packs, rebuilt.roots, rebuilt.problems.len()), (1, 2, 1), "{rebuilt:?}");
+    assert!(rebuilt.problems[0].place.ends_with("vms/three/vm.json"), "{rebuilt:?}");
+
+    desk.serve().await;
+    let view: StoreView = desk.get("/v1/store").await.unwrap();
+    assert_eq!((view.roots.get("image"), view.roots.get("disk")), (Some(&1), Some(&1)));
+    for path in ["/v1/images/disk/verify", "/v1/store/fsck", "/v1/store/scrub"] {
+        assert!(checked(&desk, path).await.problems.is_empty(), "{path}");
+    }
+}

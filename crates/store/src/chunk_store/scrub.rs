@@ -18,7 +18,7 @@ use crate::{
     catalog::PackState,
     map,
     objects::OpenObject,
-    pack::{FILE_HEADER_BYTES, RECORD_HEADER_BYTES, Tail, read_file_header, read_index, read_record},
+    pack::{Entry, FILE_HEADER_BYTES, RECORD_HEADER_BYTES, Tail, read_file_header, read_index, read_record},
 };
 
 /// The end of a pack that is read first: the index of most packs.
@@ -98,6 +98,7 @@ fn look_at_pack(store: &ChunkStore, pack: PackId, length: u64, found: &mut Found
     match records {
         Ok((object, records)) => {
             found.checked.packs += 1;
+            let records = records.iter().map(|entry| (entry.id, entry.place)).collect();
             check(store, &object, records, found, watch)
         }
         Err(_) if is_dropped(store, pack)? => Ok(()),
@@ -110,7 +111,8 @@ fn look_at_pack(store: &ChunkStore, pack: PackId, length: u64, found: &mut Found
     }
 }
 
-fn index(object: &OpenObject, pack: PackId, length: u64) -> Result<Vec<(ChunkId, Place)>> {
+/// What the index of a pack tells, which is of this length.
+pub(super) fn index(object: &OpenObject, pack: PackId, length: u64) -> Result<Vec<Entry>> {
     if object.length() != length {
         return Err(Error::damaged(format!("it has {} bytes, and {length} by the catalog", object.length())));
     }
@@ -124,7 +126,7 @@ fn index(object: &OpenObject, pack: PackId, length: u64) -> Result<Vec<(ChunkId,
         let mut tail = vec![0; usize::try_from(range.end - range.start).unwrap_or(0)];
         object.read_at(range.start, &mut tail)?;
         match read_index(pack, &tail, length)? {
-            Tail::Index(entries) => return Ok(entries.iter().map(|entry| (entry.id, entry.place)).collect()),
+            Tail::Index(entries) => return Ok(entries),
             Tail::More(wider) => range = wider,
         }
     }

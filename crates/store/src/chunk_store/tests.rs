@@ -1,6 +1,7 @@
 mod collect;
 mod heal;
 mod left_over;
+mod rebuild;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -68,7 +68,7 @@ fn a_joining_that_dies_at_any_step_is_finished_by_the_next() {
         let images = small(&store, 8);
         clock.fetch_add(2 * GRACE, Ordering::Relaxed);
         let mut steps = 0;
-        let died = super::super::collect(&store, GRACE, &mut |_, _, _| {
+        let died = collect(&store, GRACE, &mut |_, _, _| {
             steps += 1;
             if steps > step { Err(Error::internal("killed")) } else { Ok(()) }
         });
