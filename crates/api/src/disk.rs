@@ -109,17 +109,6 @@ pub struct DiskChanged {
     pub notes: Vec<String>,
 }
 
-/// Makes an image of a VM's disk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct CommitDisk {
-    /// The image's name.
-    pub image: String,
-    /// A snapshot's name; none: what the disk holds now.
-    #[serde(default)]
-    pub snapshot: Option<String>,
-}
-
 /// Makes another VM with a disk that holds what this one's holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

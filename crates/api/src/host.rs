@@ -88,12 +88,6 @@ pub enum DiskRequest {
         from: String,
         to: Option<String>,
     },
-    /// Sees to it that what the disk or its snapshot holds is in the store, and answers with its map. The caller sets a
-    /// root of its own before it relies on that.
-    Store {
-        disk: String,
-        snapshot: Option<String>,
-    },
     /// Has a running guest bring its files to its disks.
     Sync,
     /// The image that the VM was started from.
@@ -234,7 +228,6 @@ pub enum Reply {
     Disks(Vec<DiskView>),
     DiskChanged(DiskChanged),
     DiskChanges(DiskChanges),
-    Map(String),
     Image(Box<Image>),
     Log {
         text: Vec<u8>,

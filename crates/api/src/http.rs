@@ -157,6 +157,9 @@ pub struct ScrubStore {
     /// Bytes to read in a second, at most; no limit without it.
     #[serde(default)]
     pub rate: Option<ByteSize>,
+    /// Let go of damaged copies, so that the next writer stores them again. Without it, nothing is changed.
+    #[serde(default)]
+    pub repair: bool,
 }
 
 /// A file of a VM, as `GET /v1/vms/{vm}/files?list=true` tells it. Names as in [`crate::path_text`].

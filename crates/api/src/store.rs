@@ -34,6 +34,19 @@ pub struct Collected {
     pub chunks_deleted: u64,
     pub packs_dropped: u64,
     pub packs_repacked: u64,
+    /// Small packs that became part of larger ones.
+    #[serde(default)]
+    pub packs_joined: u64,
+    /// Roots whose time was over, and those of disks that images do not have any more.
+    #[serde(default)]
+    pub roots_expired: u64,
+    #[serde(default)]
+    pub roots_let_go: u64,
+    /// Caches of what VMs have read of images that nothing names any more, and their bytes on this machine's disk.
+    #[serde(default)]
+    pub caches_removed: u64,
+    #[serde(default)]
+    pub cache_bytes_freed: u64,
     /// Files that writers left when they died.
     pub files_removed: u64,
     /// Bytes that packs take less than before.
@@ -52,6 +65,30 @@ pub struct Checked {
     /// Bytes that were read and compared with their names.
     pub bytes: u64,
     /// Empty where all is well.
+    pub problems: Vec<Problem>,
+    /// Damaged copies of chunks that a repair lets go of, so that the next writer stores them again.
+    #[serde(default)]
+    pub repairable: u64,
+    /// Those that were let go of.
+    #[serde(default)]
+    pub repaired: u64,
+    /// What needs these chunks, such as `image web`, `disk ID`.
+    #[serde(default)]
+    pub needed_by: Vec<String>,
+}
+
+/// What a new catalog was made of.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Rebuilt {
+    pub packs: u64,
+    /// Those of `packs` whose index was lost, so that their records were read.
+    pub packs_salvaged: u64,
+    /// Packs of which nothing can be read.
+    pub packs_lost: u64,
+    pub chunks: u64,
+    pub roots: u64,
+    /// Roots whose map is in no pack.
+    pub roots_lost: u64,
     pub problems: Vec<Problem>,
 }
 

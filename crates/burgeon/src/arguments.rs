@@ -382,9 +382,16 @@ pub enum StoreCommand {
         /// Bytes to read in a second, at most
         #[arg(long, value_name = "SIZE")]
         rate: Option<ByteSize>,
+        /// Let go of damaged copies, so that building, importing or pulling again stores them anew
+        #[arg(long)]
+        repair: bool,
     },
     /// Check that all that is kept can be found; exit code 1 for damage
-    Fsck,
+    Fsck {
+        /// Make a new catalog of the packs, in place of a lost or damaged one; without a server
+        #[arg(long)]
+        rebuild: bool,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -21,7 +21,7 @@ use burgeon_store::{
 };
 
 /// Roots of images' disks.
-const ROOT_KIND: &str = "image";
+pub(crate) const ROOT_KIND: &str = "image";
 /// A root that no image names is left alone for so long: its image may be about to be written.
 const GRACE_US: u64 = 3600 * 1_000_000;
 
@@ -32,10 +32,15 @@ pub(crate) fn now_us() -> u64 {
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 
+/// The clock and the random numbers of a store.
+pub(crate) fn source() -> Source {
+    let uuid = || *burgeon_api::VmId::generate().uuid().as_bytes();
+    Source { now_us: Arc::new(now_us), uuid: Arc::new(uuid) }
+}
+
 /// Opens the store of this data directory.
 pub(crate) fn open(directory: &Path) -> Result<Arc<ChunkStore>> {
-    let uuid = || *burgeon_api::VmId::generate().uuid().as_bytes();
-    ChunkStore::open(directory, Source { now_us: Arc::new(now_us), uuid: Arc::new(uuid) })
+    ChunkStore::open(directory, source())
 }
 
 /// Takes the disks of new images.
@@ -102,8 +107,8 @@ impl DiskStore for Keeper<'_> {
 }
 
 /// Removes the roots that no image names any more. What only they kept is collected later.
-/// Done before every collection.
-pub(crate) async fn let_go(store: &ChunkStore, data: &DataPaths) -> Result<()> {
+/// Done before every collection. Answers how many went.
+pub(crate) async fn let_go(store: &ChunkStore, data: &DataPaths) -> Result<u64> {
     let mut named = HashSet::new();
     for stored in burgeon_image::list(data)? {
         match stored {
@@ -117,10 +122,11 @@ pub(crate) async fn let_go(store: &ChunkStore, data: &DataPaths) -> Result<()> {
         }
     }
     let now_us = now_us();
+    let mut gone = 0;
     for root in store.catalog().roots(Some(ROOT_KIND)).await? {
         if !named.contains(&root.name) && root.created_us + GRACE_US < now_us {
-            store.catalog().remove_root(ROOT_KIND, &root.name, Some(root.map)).await?;
+            gone += u64::from(store.catalog().remove_root(ROOT_KIND, &root.name, Some(root.map)).await?);
         }
     }
-    Ok(())
+    Ok(gone)
 }

@@ -19,8 +19,6 @@ use tokio::{
 const QUICK: Duration = Duration::from_secs(10);
 /// Requests that wait for a guest or a file system.
 const SLOW: Duration = Duration::from_secs(150);
-/// Requests that wait until all of a disk is in the store.
-const STORING: Duration = Duration::from_secs(3600);
 const MOST_REPLY: u32 = 64 << 20;
 
 /// The way to the host process of this machine.
@@ -141,14 +139,6 @@ impl HostClient {
     pub(crate) async fn image_of(&self, vm: VmId) -> Result<Image> {
         match self.disk(vm, DiskRequest::Image).await? {
             Reply::Image(image) => Ok(*image),
-            other => Err(unexpected(&other)),
-        }
-    }
-
-    /// The map of what a disk holds, once it is in the store. That takes as long as there is much to store.
-    pub(crate) async fn store_disk(&self, vm: VmId, disk: String, snapshot: Option<String>) -> Result<String> {
-        match self.ask(Request::Disk { vm, request: DiskRequest::Store { disk, snapshot } }, STORING).await? {
-            Reply::Map(map) => Ok(map),
             other => Err(unexpected(&other)),
         }
     }

@@ -11,6 +11,7 @@ mod export;
 mod host_client;
 mod images;
 mod pipelines;
+mod rebuild;
 mod reconcile;
 mod state;
 mod store;
@@ -35,6 +36,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use api::openapi;
+pub use rebuild::rebuild;
 
 use crate::{
     host_client::HostClient,

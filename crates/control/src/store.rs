@@ -69,15 +69,18 @@ fn taken(directory: &Path) -> Result<u64> {
 
 pub(crate) fn collect(state: &Shared) -> Result<mpsc::Receiver<Progress>> {
     long_work(state, false, |state, watch| {
-        Handle::current().block_on(disks::let_go(&state.store, &state.data_paths()))?;
-        let collected = chunk_store::collect(&state.store, GRACE_US, watch)?;
+        let roots_let_go = Handle::current().block_on(disks::let_go(&state.store, &state.data_paths()))?;
+        let mut collected = chunk_store::collect(&state.store, GRACE_US, watch)?;
+        collected.roots_let_go = roots_let_go;
+        let caches = state.layout.store().join("cache");
+        chunk_store::read_cache::drop_caches(&state.store, &caches, GRACE_US, watch, &mut collected)?;
         tracing::info!(?collected, "garbage is collected");
         Ok(Progress::Collected(collected))
     })
 }
 
 pub(crate) fn scrub(state: &Shared, request: &ScrubStore) -> Result<mpsc::Receiver<Progress>> {
-    let rate = request.rate.map(|rate| rate.0);
+    let (rate, repair) = (request.rate.map(|rate| rate.0), request.repair);
     if rate == Some(0) {
         return Err(Error::invalid("a rate of no bytes would never end"));
     }
@@ -94,7 +97,7 @@ pub(crate) fn scrub(state: &Shared, request: &ScrubStore) -> Result<mpsc::Receiv
             }
             Ok(())
         };
-        checked(chunk_store::scrub(&state.store, &mut held)?)
+        checked(chunk_store::scrub(&state.store, repair, &mut held)?)
     })
 }
 

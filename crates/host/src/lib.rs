@@ -28,6 +28,7 @@ use burgeon_qemu::{
     facts::Qemu,
     probe::{Verdict, Wish},
 };
+pub use disks::disk_roots;
 use tokio::{
     net::UnixListener,
     sync::{OnceCell, Semaphore},

@@ -212,15 +212,6 @@ impl Connection {
             DiskRequest::Changes { disk, from, to } => {
                 Reply::DiskChanges(blocking(move || disks.changes(&(vm, disk), &from, to.as_deref())).await?)
             }
-            DiskRequest::Store { disk, snapshot } => {
-                if snapshot.is_none()
-                    && let Some(note) = self.sync_guest(vm).await
-                {
-                    tracing::warn!(vm = %record.launch.name, note, "stored without the guest's help");
-                }
-                let map = blocking(move || disks.map_of(&(vm, disk), snapshot.as_deref())).await?;
-                Reply::Map(map.to_string())
-            }
             DiskRequest::Sync => {
                 let notes = self.sync_guest(vm).await.into_iter().collect();
                 Reply::DiskChanged(DiskChanged { device: None, notes })

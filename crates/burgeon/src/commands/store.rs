@@ -5,7 +5,7 @@ use std::time::Duration;
 use burgeon_api::{
     ByteSize, Error, Result,
     http::{Progress, ScrubStore},
-    store::{Collected, Problem, StoreView},
+    store::{Checked, Collected, Problem, StoreView},
 };
 use serde_json::json;
 
@@ -20,11 +20,12 @@ pub(super) async fn run(context: &Context, command: StoreCommand) -> Result<u8> 
             let (Progress::Collected(collected), took) = follow(lines).await? else { return Err(strange()) };
             collect(context, &collected, took)
         }
-        StoreCommand::Scrub { rate } => {
-            let lines = context.client()?.lines("/v1/store/scrub", Some(&ScrubStore { rate })).await?;
+        StoreCommand::Scrub { rate, repair } => {
+            let lines = context.client()?.lines("/v1/store/scrub", Some(&ScrubStore { rate, repair })).await?;
             checked(context, lines).await
         }
-        StoreCommand::Fsck => {
+        StoreCommand::Fsck { rebuild: true } => rebuild(context).await,
+        StoreCommand::Fsck { rebuild: false } => {
             let lines = context.client()?.lines("/v1/store/fsck", Some(&json!({}))).await?;
             checked(context, lines).await
         }
@@ -71,6 +72,9 @@ pub(super) async fn checked(context: &Context, lines: Lines<Progress>) -> Result
         let said = if said.is_empty() { "nothing to check".into() } else { said.join(", ") };
         output::note(&format!("{said} ({:.1} s)", took.as_secs_f64()));
         tell(&checked.problems);
+        if let Some(next) = next_step(&checked) {
+            output::note(&burgeon_api::path_text::printable(&next));
+        }
     }
     Ok(u8::from(!checked.problems.is_empty()))
 }
@@ -79,11 +83,31 @@ fn tell(problems: &[Problem]) {
     for Problem { place, what } in problems {
         output::note(&burgeon_api::path_text::printable(&format!("damaged: {place}: {what}")));
     }
-    if !problems.is_empty() {
-        // A chunk that the catalog knows is not stored anew, however bad its copy is.
-        output::note(
-            "remove the images that need it, run burgeon store gc an hour later, and build or import them again",
-        );
+}
+
+/// What to do about damage. A chunk that the catalog knows is not stored anew, however bad its copy is.
+fn next_step(checked: &Checked) -> Option<String> {
+    let needed_by = if checked.needed_by.is_empty() {
+        "no image and no disk needs them".into()
+    } else {
+        format!("needed by {}", checked.needed_by.join(", "))
+    };
+    let count = |count: u64| format!("{count} damaged {}", if count == 1 { "copy" } else { "copies" });
+    match checked {
+        Checked { problems, .. } if problems.is_empty() => None,
+        Checked { repaired: 1.., .. } => Some(format!(
+            "{} let go of, {needed_by}: build, import or pull these images again, and what is missing is stored anew",
+            count(checked.repaired)
+        )),
+        Checked { repairable: 1.., .. } => Some(format!(
+            "{}, {needed_by}: burgeon store scrub --repair lets go of them, so that they can be stored anew",
+            count(checked.repairable)
+        )),
+        _ => Some(
+            "burgeon store scrub --repair lets go of damaged copies; build, import or pull the images again, and what is \
+             missing is stored anew"
+                .into(),
+        ),
     }
 }
 
@@ -92,18 +116,73 @@ fn collect(context: &Context, collected: &Collected, took: Duration) -> Result<u
         output::json(collected)?;
     } else {
         output::note(&format!(
-            "{} of {} chunks deleted, {} packs dropped, {} written anew, {} left-over files removed ({:.1} s)",
+            "{} of {} chunks deleted, {} packs dropped, {} written anew, {} joined, {} left-over files removed ({:.1} s)",
             collected.chunks_deleted,
             collected.chunks_seen,
             collected.packs_dropped,
             collected.packs_repacked,
+            collected.packs_joined,
             collected.files_removed,
             took.as_secs_f64()
         ));
-        output::print(&format!("{} freed\n", ByteSize(collected.bytes_freed)));
+        if collected.roots_expired + collected.roots_let_go > 0 {
+            output::note(&format!(
+                "{} roots were over, {} disks belonged to no image any more",
+                collected.roots_expired, collected.roots_let_go
+            ));
+        }
+        if collected.caches_removed > 0 {
+            output::note(&format!(
+                "{} caches of what was read of former images removed, {}",
+                collected.caches_removed,
+                ByteSize(collected.cache_bytes_freed)
+            ));
+        }
+        let freed = collected.bytes_freed + collected.cache_bytes_freed;
+        output::print(&format!("{} freed\n", ByteSize(freed)));
         tell(&collected.problems);
+        if !collected.problems.is_empty() {
+            output::note("burgeon store scrub tells what needs it");
+        }
     }
     Ok(u8::from(!collected.problems.is_empty()))
+}
+
+/// Done here, and not by a server: a server has the catalog open, or cannot start without it.
+async fn rebuild(context: &Context) -> Result<u8> {
+    let (steps, mut told) = tokio::sync::mpsc::channel(256);
+    let data = context.data.clone();
+    let work = tokio::task::spawn_blocking(move || {
+        // A bar that is slow loses steps; and who ends this command ends the process, with the old catalog in its place.
+        let tell = |step| drop(steps.try_send(step));
+        burgeon_control::rebuild(&data, &tell, &|| false)
+    });
+    let mut progress = BuildProgress::new();
+    while let Some(step) = told.recv().await {
+        progress.show(&step);
+    }
+    let took = progress.finish();
+    let rebuilt = work.await.map_err(|error| Error::internal(format!("rebuild the catalog: {error}")))??;
+    if context.json {
+        output::json(&rebuilt)?;
+    } else {
+        output::note(&format!(
+            "a new catalog of {} packs with {} chunks, and {} roots ({:.1} s); {} packs lost their index, {} are lost, {} \
+             roots are lost",
+            rebuilt.packs,
+            rebuilt.chunks,
+            rebuilt.roots,
+            took.as_secs_f64(),
+            rebuilt.packs_salvaged,
+            rebuilt.packs_lost,
+            rebuilt.roots_lost
+        ));
+        tell(&rebuilt.problems);
+        output::note(
+            "burgeon store fsck tells whether anything misses chunks; the old catalog is kept beside the new one",
+        );
+    }
+    Ok(u8::from(!rebuilt.problems.is_empty()))
 }
 
 async fn stat(context: &Context) -> Result<u8> {

@@ -68,7 +68,7 @@ impl Desk {
         rusqlite::Connection::open(self.data().join("meta.db")).unwrap()
     }
 
-    async fn serve(&mut self) {
+    pub(crate) async fn serve(&mut self) {
         self.shutdown = CancellationToken::new();
         let options = Options { data: self.data(), version: "test".into(), idle_exit: None, settings: Vec::new() };
         self.serving = Some(tokio::spawn(burgeon_control::run(options, self.shutdown.clone())));

@@ -20,6 +20,7 @@ use burgeon_store::{
     catalog::NewRoot,
     chunk_store::{ChunkStore, Source, Writer, ingest},
     cut::Cutter,
+    disk::{Disk, Nothing, Stack},
 };
 use serde_json::json;
 
@@ -41,7 +42,7 @@ fn picture() -> Vec<u8> {
 /// An image with a disk in the store, as a build leaves it, but long ago.
 fn image(desk: &Desk, name: &str, bytes: &[u8]) {
     let next = AtomicU64::new(1);
-    let unique = u128::from(bytes.len() as u64) << 64;
+    let unique = u128::from((bytes.len() + name.len()) as u64) << 64;
     let source = Source {
         now_us: Arc::new(|| 1_000_000),
         uuid: Arc::new(move || (unique + u128::from(next.fetch_add(1, Ordering::Relaxed))).to_be_bytes()),
@@ -148,4 +149,66 @@ async fn a_disk_is_exported_whole_or_not_at_all() {
     assert!(checked(&desk, "/v1/store/fsck").await.problems.is_empty(), "it reads no data");
     let rate = desk.work("/v1/store/scrub", &json!({"rate": 0})).await.unwrap_err();
     assert_eq!(rate.kind, ErrorKind::Invalid);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damage_is_healed_by_a_repair_and_the_same_bytes() {
+    let desk = Desk::open().await;
+    let picture = picture();
+    tokio::task::block_in_place(|| image(&desk, "disk", &picture));
+    damage(&desk.data().join("store/packs"));
+    let told = checked(&desk, "/v1/store/scrub").await;
+    assert_eq!((told.problems.len(), told.repairable, told.repaired), (1, 1, 0), "{told:?}");
+    assert_eq!(told.needed_by, ["image disk"]);
+    let repaired = desk.work("/v1/store/scrub", &json!({"repair": true})).await.unwrap();
+    assert!(matches!(&repaired, Progress::Checked(checked) if checked.repaired == 1), "{repaired:?}");
+    assert_eq!(checked(&desk, "/v1/images/disk/verify").await.problems.len(), 1);
+    tokio::task::block_in_place(|| image(&desk, "disk-again", &picture));
+    for path in ["/v1/images/disk/verify", "/v1/images/disk-again/verify", "/v1/store/fsck", "/v1/store/scrub"] {
+        let checked = checked(&desk, path).await;
+        assert!(checked.problems.is_empty() && checked.needed_by.is_empty(), "{path}: {checked:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_catalog_is_made_anew_while_no_server_runs() {
+    let mut desk = Desk::open().await;
+    tokio::task::block_in_place(|| image(&desk, "disk", &picture()));
+    let data = desk.data();
+    let rebuild = || tokio::task::block_in_place(|| burgeon_control::rebuild(&data, &|_| (), &|| false));
+    let served = rebuild().unwrap_err();
+    assert!(served.kind == ErrorKind::Conflict && served.hint.unwrap().contains("stop the server"));
+    desk.leave().await;
+
+    // A VM's disk stands on the image's, and a record of another does not read.
+    let about: Image = serde_json::from_slice(&fs::read(data.join("images/disk/image.json")).unwrap()).unwrap();
+    let below = Stack { base: Some(about.map.as_deref().unwrap().parse().unwrap()), layers: Vec::new() };
+    let launch = json!({
+        "id": burgeon_api::VmId::generate(), "name": "one", "image": about, "image_directory": "",
+        "profile": burgeon_api::profile::Profile::default(),
+    });
+    let record = json!({
+        "format": 2, "launch": launch, "accelerator": "tcg", "host_boot_id": "", "process": null, "limits": [],
+        "adoptions": 0, "ended": null,
+    });
+    for (name, text) in [("one", record.to_string()), ("two", "half a rec".to_string())] {
+        let directory = data.join("vms").join(name);
+        let disk = directory.join("disks/root");
+        fs::create_dir_all(&disk).unwrap();
+        fs::write(directory.join("vm.json"), text).unwrap();
+        Disk::create(&disk, 1 << 20, below.clone(), &|_, _| Ok(Arc::new(Nothing))).unwrap();
+    }
+    for ending in ["", "-wal", "-shm"] {
+        drop(fs::remove_file(data.join(format!("store/catalog.db{ending}"))));
+    }
+    let rebuilt = rebuild().unwrap();
+    assert_eq!((rebuilt.packs, rebuilt.roots, rebuilt.problems.len()), (1, 2, 1), "{rebuilt:?}");
+    assert!(rebuilt.problems[0].place.ends_with("vms/two/disks/root"), "{rebuilt:?}");
+
+    desk.serve().await;
+    let view: StoreView = desk.get("/v1/store").await.unwrap();
+    assert_eq!((view.roots.get("image"), view.roots.get("disk")), (Some(&1), Some(&1)));
+    for path in ["/v1/images/disk/verify", "/v1/store/fsck", "/v1/store/scrub"] {
+        assert!(checked(&desk, path).await.problems.is_empty(), "{path}");
+    }
 }

@@ -17,7 +17,7 @@ use std::{
 };
 
 pub(crate) use attached::Attached;
-use burgeon_api::{Error, Result, VmId, disk::ROOT, host::Launch};
+use burgeon_api::{Error, Result, VmId, disk::ROOT, host::Launch, store::Problem};
 use burgeon_qemu::{
     command::{file, socket_name},
     nbd::{Owner, Server},
@@ -25,7 +25,7 @@ use burgeon_qemu::{
 use burgeon_store::{
     ChunkId,
     catalog::NewRoot,
-    chunk_store::{ChunkStore, Source},
+    chunk_store::{ChunkStore, Source, read_cache},
     disk::{Base, Disk, ImageBase, Nothing, Record, Stack},
 };
 pub(crate) use verbs::Begin;
@@ -51,6 +51,37 @@ pub(crate) fn root_disk(id: VmId) -> Key {
 /// a moment.
 fn root_name(key: &Key, map: ChunkId) -> String {
     format!("{}/{}/{map}", key.0, key.1)
+}
+
+/// The roots that disks of this data directory's VMs need, by name, and what of them cannot be told. For a catalog that is
+/// made anew.
+///
+/// # Errors
+/// Where the directory of VMs cannot be read.
+pub fn disk_roots(layout: &Layout, problems: &mut Vec<Problem>) -> Result<Vec<(String, ChunkId)>> {
+    let failed = |error: std::io::Error| Error::io(format!("read {}", layout.vms().display()), &error);
+    let mut roots = Vec::new();
+    for entry in fs::read_dir(layout.vms()).map_err(failed)? {
+        let vm = entry.map_err(failed)?.path();
+        let id = crate::record::Record::load(&vm).map(|record| record.launch.id);
+        for disk in fs::read_dir(vm.join(DISKS)).into_iter().flatten().flatten().map(|entry| entry.path()) {
+            let name = disk.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if name.starts_with('.') || !disk.is_dir() {
+                continue;
+            }
+            match id.clone().and_then(|id| Ok((id, Disk::record_in(&disk)?))) {
+                Ok((id, record)) => {
+                    let key = (id, name);
+                    roots.extend(record.maps().into_iter().map(|map| (root_name(&key, map), map)));
+                }
+                Err(error) => problems.push(Problem {
+                    place: disk.display().to_string(),
+                    what: format!("what it stands on cannot be told: {}", error.message),
+                }),
+            }
+        }
+    }
+    Ok(roots)
 }
 
 struct Served {
@@ -388,10 +419,10 @@ impl Disks {
         }
         bases.retain(|_, base| base.strong_count() > 0);
         let cache = self.cache(root);
-        if let Some(directory) = cache.parent() {
-            fs::create_dir_all(directory).map_err(|error| Error::io("make the store's cache", &error))?;
-        }
+        // A collection may be about to remove what no disk has used for long.
+        let held = cache.parent().map(read_cache::hold).transpose()?;
         let base = Arc::new(ImageBase::open(self.store()?.clone(), root, &cache, parent)?);
+        drop(held);
         bases.insert(root, Arc::downgrade(&base));
         drop(bases);
         self.fetch_ahead(root, &base);

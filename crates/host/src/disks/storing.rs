@@ -11,7 +11,7 @@ use std::{
 };
 
 use burgeon_api::{Error, Result};
-use burgeon_store::{catalog::NewRoot, disk::absorb};
+use burgeon_store::{catalog::NewRoot, chunk_store::read_cache, disk::absorb};
 
 use super::{Disks, Key, ROOT_KIND, root_name};
 
@@ -104,9 +104,9 @@ fn become_cache(layer: &Path, cache: &Path) {
         return;
     }
     let Some(directory) = cache.parent() else { return };
+    let Ok(_held) = read_cache::hold(directory) else { return };
     // The data first: a map without its data would claim what is not there.
-    let moved = fs::create_dir_all(directory)
-        .and_then(|()| fs::rename(layer.with_extension("data"), cache.with_extension("data")))
+    let moved = fs::rename(layer.with_extension("data"), cache.with_extension("data"))
         .and_then(|()| fs::rename(layer.with_extension("map"), cache.with_extension("map")));
     if let Err(error) = moved {
         tracing::warn!(%error, "a stored layer is read from the store again");

@@ -3,7 +3,7 @@
 use std::fs;
 
 use burgeon_api::{
-    ByteSize, Error, ErrorKind, Result, VmId,
+    ByteSize, Error, Result, VmId,
     disk::{DiskChanges, DiskView, ROOT, SnapshotView, Stretch},
 };
 use burgeon_store::{
@@ -11,9 +11,7 @@ use burgeon_store::{
     disk::{Disk, Record},
 };
 
-use super::{Attached, Disks, Key, attached, lock, root_name, source};
-
-const STORE_TRIES: u32 = 5;
+use super::{Attached, Disks, Key, attached, lock, source};
 
 /// How a disk is to begin.
 pub(crate) enum Begin {
@@ -109,47 +107,6 @@ impl Disks {
         let stretches: Vec<Stretch> =
             ranges.into_iter().map(|range| Stretch { offset: range.start, length: range.end - range.start }).collect();
         Ok(DiskChanges { bytes: ByteSize(stretches.iter().map(|stretch| stretch.length).sum()), stretches })
-    }
-
-    /// The map that holds what a disk, or a snapshot of it, holds; it is in the store when this returns.
-    ///
-    /// # Errors
-    /// `Refused` for a disk of zeros, which has none; as [`Disk::seal`]; those of the store.
-    pub(crate) fn map_of(&self, key: &Key, snapshot: Option<&str>) -> Result<ChunkId> {
-        let disk = self.disk(key)?;
-        if snapshot.is_none() {
-            disk.seal()?;
-        }
-        for _ in 0..STORE_TRIES {
-            self.store_layers(key)?;
-            let record = disk.record();
-            let stack = snapshot.map_or(Ok(&record.below), |name| record.snapshot(name).map(|found| &found.stack))?;
-            // Others may seal the disk again, and have that stored: then what is looked at here is over.
-            match stack.base {
-                _ if !stack.layers.is_empty() => {}
-                None => return Err(Error::refused(format!("nothing was ever written to disk {}", key.1))),
-                Some(map) => match self.linger(key, map) {
-                    Err(error) if error.kind == ErrorKind::Conflict => {}
-                    kept => return kept.map(|()| map),
-                },
-            }
-        }
-        Err(Error::conflict(format!("disk {} is being changed by others all the time", key.1)))
-    }
-
-    /// Keeps a map for an hour, for one who is about to set a root of its own.
-    fn linger(&self, key: &Key, map: ChunkId) -> Result<()> {
-        let now_us = (source().now_us)();
-        let root = burgeon_store::catalog::NewRoot {
-            kind: "handover".into(),
-            name: root_name(key, map),
-            expected: None,
-            map,
-            relied: Vec::new(),
-            expires_us: Some(now_us + 3600 * 1_000_000),
-            note: String::new(),
-        };
-        self.store()?.catalog().blocking_share_root(root, now_us)
     }
 
     /// Makes a disk ready to be plugged in, and says whether it is new.

@@ -4,9 +4,12 @@ use burgeon_api::Result;
 
 use super::{
     Candidate, Catalog, Entry, PackState, PackUsage,
-    collect::{chunks_after, condemn_pack, drop_packs, forget_pack, move_chunks, pack_usage, read_state, unused_packs},
+    collect::{
+        chunks_after, condemn_pack, drop_packs, forget_pack, is_used, let_go_of_copies, move_chunks, pack_usage,
+        read_state, unused_packs,
+    },
 };
-use crate::{ChunkId, PackId};
+use crate::{ChunkId, PackId, Place};
 
 impl Catalog {
     /// [`Catalog::chunks_after`].
@@ -36,21 +39,36 @@ impl Catalog {
         })
     }
 
+    /// Whether any chunk has its place in this pack. Reads every chunk's row where none has.
+    ///
+    /// # Errors
+    /// The database's.
+    pub fn blocking_is_used(&self, id: PackId) -> Result<bool> {
+        self.database.blocking_read("look for chunks of a pack", move |connection| is_used(connection, id))
+    }
+
+    /// Forgets chunks whose copies were found to be damaged, where their places are still these. Answers how many went.
+    ///
+    /// # Errors
+    /// The database's.
+    pub fn blocking_let_go_of_copies(&self, copies: Vec<(ChunkId, Place)>) -> Result<u64> {
+        self.database
+            .blocking_write("let go of damaged copies", move |connection| let_go_of_copies(connection, &copies))
+    }
+
     /// [`Catalog::move_chunks`].
     ///
     /// # Errors
     /// As there.
     pub fn blocking_move_chunks(
         &self,
-        from: PackId,
         to: PackId,
         length: u64,
-        entries: Vec<Entry>,
+        moves: Vec<(PackId, Entry)>,
         now_us: u64,
     ) -> Result<u64> {
-        self.database.blocking_write("move chunks", move |connection| {
-            move_chunks(connection, from, to, length, &entries, now_us)
-        })
+        self.database
+            .blocking_write("move chunks", move |connection| move_chunks(connection, to, length, &moves, now_us))
     }
 
     /// [`Catalog::drop_packs`].

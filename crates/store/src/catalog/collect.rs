@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use burgeon_api::{Error, Result};
 
-use super::{Catalog, Entry, blob, insert_pack, pack_blob, read_place};
+use super::{Catalog, Entry, RootsSeen, blob, fence, insert_pack, pack_blob, read_place};
 use crate::{
     ChunkId, PackId, Place,
     sql::{Connection, Row, Value},
@@ -68,21 +68,33 @@ impl Catalog {
     }
 
     /// Deletes those of the chunks that nobody touched since, and tells which. Their bytes stay in their packs until
-    /// those are repacked or dropped.
+    /// those are repacked or dropped. None, and nothing is deleted, where a root was set since the roots were seen.
     ///
     /// # Errors
     /// The database's.
-    pub async fn sweep(&self, ids: Vec<ChunkId>, untouched_since_us: u64) -> Result<Vec<ChunkId>> {
-        self.database.write_trusted("sweep chunks", move |connection| sweep(connection, &ids, untouched_since_us)).await
+    pub async fn sweep(
+        &self,
+        ids: Vec<ChunkId>,
+        untouched_since_us: u64,
+        seen: RootsSeen,
+    ) -> Result<Option<Vec<ChunkId>>> {
+        self.database
+            .write_trusted("sweep chunks", move |connection| sweep(connection, &ids, untouched_since_us, seen))
+            .await
     }
 
     /// [`Catalog::sweep`] for a thread that may wait.
     ///
     /// # Errors
     /// The database's.
-    pub fn blocking_sweep(&self, ids: Vec<ChunkId>, untouched_since_us: u64) -> Result<Vec<ChunkId>> {
+    pub fn blocking_sweep(
+        &self,
+        ids: Vec<ChunkId>,
+        untouched_since_us: u64,
+        seen: RootsSeen,
+    ) -> Result<Option<Vec<ChunkId>>> {
         self.database
-            .blocking_write_trusted("sweep chunks", move |connection| sweep(connection, &ids, untouched_since_us))
+            .blocking_write_trusted("sweep chunks", move |connection| sweep(connection, &ids, untouched_since_us, seen))
     }
 
     /// All packs, oldest id first, with what of them is used. Reads every chunk's row.
@@ -108,30 +120,22 @@ impl Catalog {
             .await
     }
 
-    /// Gives chunks of one pack their places in a new one, which lies complete on its disk. Chunks that have gone, or
-    /// have their place elsewhere by now, are left as they are. Answers how many have their place in the new pack.
+    /// Gives chunks their places in a new pack, which lies complete on its disk; each comes with the pack in which it lay.
+    /// Chunks that have gone, or have their place elsewhere by now, are left as they are. Answers how many have their
+    /// place in the new pack.
     ///
     /// # Errors
     /// `Invalid` for an entry of another pack than the new one; `Conflict` for a new pack that is being dropped.
-    pub async fn move_chunks(
-        &self,
-        from: PackId,
-        to: PackId,
-        length: u64,
-        entries: Vec<Entry>,
-        now_us: u64,
-    ) -> Result<u64> {
-        self.database
-            .write("move chunks", move |connection| move_chunks(connection, from, to, length, &entries, now_us))
-            .await
+    pub async fn move_chunks(&self, to: PackId, length: u64, moves: Vec<(PackId, Entry)>, now_us: u64) -> Result<u64> {
+        self.database.write("move chunks", move |connection| move_chunks(connection, to, length, &moves, now_us)).await
     }
 
     /// The first step of dropping packs: those of them that no chunk names, and that were added before the time given,
     /// get the state `Dropping` and are told; so are those that have it already. Their objects may then be removed, and
     /// then their rows, by [`Catalog::forget_pack`].
     ///
-    /// The time keeps a pack whose adding is repeated, because its outcome was unknown, from being added once more after
-    /// it was dropped: it is to be longer ago than any writer repeats a request.
+    /// The time is a kindness to a writer that adds its pack once more, because the outcome was unknown: it is refused
+    /// once the pack was dropped.
     ///
     /// # Errors
     /// The database's.
@@ -201,9 +205,9 @@ pub(super) fn drop_packs(connection: &mut Connection, free: &[PackId], added_bef
 
 pub(super) fn forget_pack(connection: &mut Connection, id: PackId) -> Result<()> {
     let sql = format!("DELETE FROM pack WHERE id = $1 AND state = '{DROPPING}'");
-    if connection.execute(&sql, &[pack_blob(&id)])? == 0
-        && connection.query_first("SELECT 1 FROM pack WHERE id = $1", &[pack_blob(&id)])?.is_some()
-    {
+    if connection.execute(&sql, &[pack_blob(&id)])? == 1 {
+        connection.execute("INSERT INTO gone VALUES ($1) ON CONFLICT DO NOTHING", &[pack_blob(&id)])?;
+    } else if connection.query_first("SELECT 1 FROM pack WHERE id = $1", &[pack_blob(&id)])?.is_some() {
         return Err(Error::conflict(format!("pack {id} is in use")));
     }
     Ok(())
@@ -217,36 +221,64 @@ pub(super) fn condemn_pack(connection: &mut Connection, id: PackId, now_us: u64)
     Ok(state.is_some_and(|row| row.text(0).is_ok_and(|state| state == DROPPING)))
 }
 
-fn sweep(connection: &mut Connection, ids: &[ChunkId], untouched_since_us: u64) -> Result<Vec<ChunkId>> {
+fn sweep(
+    connection: &mut Connection,
+    ids: &[ChunkId],
+    untouched_since_us: u64,
+    seen: RootsSeen,
+) -> Result<Option<Vec<ChunkId>>> {
+    if !fence::sees_all_roots(connection, seen)? {
+        return Ok(None);
+    }
     let rows: Vec<_> = ids.iter().map(|id| vec![blob(id), untouched_since_us.into()]).collect();
     let deleted = connection.execute_each("DELETE FROM chunk WHERE id = $1 AND touched_us < $2", &rows)?;
-    Ok(kept(ids, &deleted))
+    let deleted = kept(ids, &deleted);
+    if !deleted.is_empty() {
+        fence::chunks_were_deleted(connection)?;
+    }
+    Ok(Some(deleted))
+}
+
+pub(super) fn is_used(connection: &mut Connection, id: PackId) -> Result<bool> {
+    Ok(connection.query_first("SELECT 1 FROM chunk WHERE pack = $1 LIMIT 1", &[pack_blob(&id)])?.is_some())
+}
+
+pub(super) fn let_go_of_copies(connection: &mut Connection, copies: &[(ChunkId, Place)]) -> Result<u64> {
+    let rows: Vec<_> = copies
+        .iter()
+        .map(|(id, place)| vec![blob(id), pack_blob(&place.pack), place.offset.into(), place.stored.into()])
+        .collect();
+    let sql = "DELETE FROM chunk WHERE id = $1 AND pack = $2 AND position = $3 AND stored = $4";
+    let deleted = connection.execute_each(sql, &rows)?.iter().sum();
+    if deleted > 0 {
+        fence::chunks_were_deleted(connection)?;
+    }
+    Ok(deleted)
 }
 
 pub(super) fn move_chunks(
     connection: &mut Connection,
-    from: PackId,
     to: PackId,
     length: u64,
-    entries: &[Entry],
+    moves: &[(PackId, Entry)],
     now_us: u64,
 ) -> Result<u64> {
-    if from == to || entries.iter().any(|entry| entry.place.pack != to) {
-        return Err(Error::invalid(format!("chunks are moved from pack {from} to another pack, {to}, alone")));
+    if moves.iter().any(|(from, entry)| *from == to || entry.place.pack != to) {
+        return Err(Error::invalid(format!("chunks are moved from other packs to the new one, {to}, alone")));
     }
     if insert_pack(connection, to, length, now_us)? {
         let sql = "UPDATE chunk SET pack = $3, position = $4, stored = $5 WHERE id = $1 AND pack = $2";
-        let rows: Vec<Vec<Value>> = entries
+        let rows: Vec<Vec<Value>> = moves
             .iter()
-            .map(|entry| {
+            .map(|(from, entry)| {
                 let place = entry.place;
-                vec![blob(&entry.id), pack_blob(&from), pack_blob(&to), place.offset.into(), place.stored.into()]
+                vec![blob(&entry.id), pack_blob(from), pack_blob(&to), place.offset.into(), place.stored.into()]
             })
             .collect();
         return Ok(connection.execute_each(sql, &rows)?.iter().sum());
     }
     // The same request again: its pack was added with its rows.
-    let ids: Vec<ChunkId> = entries.iter().map(|entry| entry.id).collect();
+    let ids: Vec<ChunkId> = moves.iter().map(|(_, entry)| entry.id).collect();
     let there = super::places(connection, &ids)?;
     let count = there.iter().flatten().filter(|place| place.pack == to).count();
     Ok(u64::try_from(count).unwrap_or(u64::MAX))

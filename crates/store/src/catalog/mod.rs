@@ -2,19 +2,21 @@
 //!
 //! What makes garbage collection safe beside writers:
 //!
-//! - A writer that finds a chunk here touches it in the same transaction ([`Catalog::claim`]), and a sweep deletes only
-//!   what nobody touched since its collection began. Write transactions exclude one another, so either the claim comes
-//!   first, and the chunk stays, or the sweep does, and the claim answers that the chunk is absent.
 //! - A root is set only while everything it is said to rely on is here; or while another root keeps the same map
-//!   ([`Catalog::blocking_share_root`]).
+//!   ([`Catalog::blocking_share_root`]). A sweep is refused once a root was set that its collection has not seen, and a
+//!   root once chunks were deleted since its writer saw its own (`fence.rs`). No clock is needed for that.
+//! - So that writers seldom have to begin again, one that finds a chunk here touches it in the same transaction
+//!   ([`Catalog::claim`]), and a sweep deletes only what nobody touched for a while.
 //! - A pack that is here gets no more rows: [`Catalog::add_pack`] and [`Catalog::move_chunks`] add a pack with its rows
 //!   or not at all. One that has no rows left is dropped in two steps, around the removal of its object, so that a kill
-//!   between them leaves a row that the next collection finishes.
+//!   between them leaves a row that the next collection finishes. Its number is kept, so that it is never added again,
+//!   however late its writer is.
 //!
 //! Every request may be repeated: the same again changes nothing and gets the same answer.
 
 mod blocking;
 mod collect;
+mod fence;
 mod roots;
 mod schema;
 
@@ -22,6 +24,7 @@ use burgeon_api::{Error, Result};
 
 pub use self::{
     collect::{Candidate, PackState, PackUsage, Statistics},
+    fence::{Removals, RootsSeen},
     roots::{NewRoot, Root},
 };
 use crate::{
@@ -207,6 +210,11 @@ impl NewPack {
 /// Adds the row of a pack; whether it was not there before.
 fn insert_pack(connection: &mut Connection, pack: PackId, length: u64, now_us: u64) -> Result<bool> {
     let live = collect::LIVE;
+    if connection.query_first("SELECT 1 FROM gone WHERE id = $1", &[pack_blob(&pack)])?.is_some() {
+        return Err(
+            Error::conflict(format!("pack {pack} was dropped")).with_hint("store its chunks again, in a new pack")
+        );
+    }
     let row = [pack_blob(&pack), length.into(), live.into(), now_us.into()];
     let new = connection.execute("INSERT INTO pack VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING", &row)? == 1;
     if !new {

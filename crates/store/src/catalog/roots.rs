@@ -2,7 +2,7 @@
 
 use burgeon_api::{Error, Result};
 
-use super::{Catalog, blob, must_claim};
+use super::{Catalog, blob, fence, must_claim};
 use crate::{
     ChunkId,
     sql::{Connection, Row},
@@ -16,7 +16,7 @@ pub struct Root {
     /// The chunk that all others of this root are found from.
     pub map: ChunkId,
     pub created_us: u64,
-    /// From when on it no longer keeps anything; the one who collects decides.
+    /// From when on it no longer keeps anything; the next collection removes it.
     pub expires_us: Option<u64>,
     pub note: String,
 }
@@ -29,8 +29,8 @@ pub struct NewRoot {
     /// What the caller has seen under this name: nothing, or this map.
     pub expected: Option<ChunkId>,
     pub map: ChunkId,
-    /// Other chunks that must be here too: those that were left out from storing because they were claimed. Very many are
-    /// better verified before, in pieces, with [`Catalog::verify_claims`].
+    /// Other chunks that must be here too: all that the map leads to. Very many are better verified before, in pieces, with
+    /// [`Catalog::verify_claims`], between [`Catalog::blocking_removals`] and [`Catalog::blocking_set_root_since`].
     pub relied: Vec<ChunkId>,
     pub expires_us: Option<u64>,
     pub note: String,
@@ -64,7 +64,8 @@ impl Catalog {
             if connection.query_first(kept, &[blob(&root.map)])?.is_none() {
                 return Err(Error::conflict(format!("nothing keeps the map {} any more", root.map)));
             }
-            set_root(connection, &root, now_us)
+            // No collection need look again: whichever root was the first to have the map was told of when it was set.
+            put_root(connection, &root, now_us)
         })
     }
 
@@ -114,6 +115,16 @@ impl Catalog {
         self.database.blocking_write("remove root", move |connection| remove(connection, &kind, &name, expected))
     }
 
+    /// Removes all roots whose time is over. Answers how many. A thread waits.
+    ///
+    /// # Errors
+    /// The database's.
+    pub fn blocking_expire_roots(&self, now_us: u64) -> Result<u64> {
+        self.database.blocking_write("let go of expired roots", move |connection| {
+            connection.execute("DELETE FROM root WHERE expires_us <= $1", &[now_us.into()])
+        })
+    }
+
     /// Gives the root with this map another name.
     ///
     /// # Errors
@@ -153,7 +164,12 @@ fn remove(connection: &mut Connection, kind: &str, name: &str, expected: Option<
     Ok(true)
 }
 
-fn set_root(connection: &mut Connection, root: &NewRoot, now_us: u64) -> Result<()> {
+pub(super) fn set_root(connection: &mut Connection, root: &NewRoot, now_us: u64) -> Result<()> {
+    put_root(connection, root, now_us)?;
+    fence::root_was_set(connection)
+}
+
+fn put_root(connection: &mut Connection, root: &NewRoot, now_us: u64) -> Result<()> {
     must_claim(connection, &[root.map], now_us)?;
     must_claim(connection, &root.relied, now_us)?;
     let current = find(connection, &root.kind, &root.name)?;
@@ -184,7 +200,7 @@ fn find(connection: &mut Connection, kind: &str, name: &str) -> Result<Option<Ro
     connection.query_first(&sql, &[kind.into(), name.into()])?.as_ref().map(read).transpose()
 }
 
-fn roots(connection: &mut Connection, kind: Option<&str>) -> Result<Vec<Root>> {
+pub(super) fn roots(connection: &mut Connection, kind: Option<&str>) -> Result<Vec<Root>> {
     let rows = match kind {
         None => connection.query(&format!("{COLUMNS} ORDER BY kind, name"), &[])?,
         Some(kind) => connection.query(&format!("{COLUMNS} WHERE kind = $1 ORDER BY name"), &[kind.into()])?,

@@ -15,7 +15,8 @@ pub(super) static CATALOG: Component = Component {
 };
 
 /// One entry per version; entry n brings version n to n + 1. In SQLite's words, translated for PostgreSQL by `sql`.
-const MIGRATIONS: [&str; 1] = ["
+const MIGRATIONS: [&str; 2] = [
+    "
     CREATE TABLE pack (
         id BLOB PRIMARY KEY,
         length INTEGER NOT NULL,
@@ -40,4 +41,16 @@ const MIGRATIONS: [&str; 1] = ["
         note TEXT NOT NULL,
         PRIMARY KEY (kind, name)
     ) STRICT, WITHOUT ROWID;
-"];
+",
+    "
+    CREATE TABLE counter (
+        name TEXT PRIMARY KEY,
+        value INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    INSERT INTO counter VALUES ('roots set', 0);
+    INSERT INTO counter VALUES ('removals', 0);
+    CREATE TABLE gone (
+        id BLOB PRIMARY KEY
+    ) STRICT, WITHOUT ROWID;
+",
+];

@@ -1,35 +1,35 @@
 //! Garbage collection, beside everybody who reads and writes.
 //!
 //! Mark: everything that the roots lead to. Sweep: chunks that are not marked, and that nobody touched since `cut`, the
-//! collection's start less its grace, are deleted. Then packs without chunks go, sparse ones are written anew, and so
-//! does what dead writers left.
+//! collection's start less its grace, are deleted. Then packs without chunks go, sparse ones are written anew, many
+//! small ones are joined, and what dead writers left goes too.
 //!
-//! Why no root ever misses a chunk. Maps never change, so a marked map is marked for good. Let `read` be the moment of
-//! the last look at the roots, after which every map that was under a root is marked. A chunk is deleted only after
-//! `read`. So take the first root that is set over some map that was under no root at `read`:
+//! Why no root ever misses a chunk. Maps never change, so a marked map is marked for good. A sweep runs only while no root
+//! was set since the roots were last read, and all that those lead to is marked before it is asked for: see the
+//! catalog's `fence`. So in the transaction of a sweep, take a root, and see how it came to its map:
 //!
-//! - It is not one that shares another root's map: [`Catalog::blocking_share_root`](crate::catalog::Catalog) does that
-//!   in a transaction that sees the other root, which then was there before, against the choice of the first.
-//! - So a [`Writer`](super::Writer) set it, which before had all chunks of the map verified: each is touched in a
-//!   transaction in which it is there. If the sweep of a chunk came before, the transaction did not find it, and the
-//!   root was not set. If it came after, it saw the touch; and since the root was set after `read`, which is after the
-//!   collection's start, and at most half a grace after the verification, the touch is younger than `cut`. The chunk
-//!   stays.
+//! - It was there when the roots were read. Then all of its map is marked, and stays.
+//! - It was set since. Then the sweep is refused.
+//! - It shares another root's map, since ([`Catalog::blocking_share_root`](crate::catalog::Catalog)). That happened in a
+//!   transaction that saw the other root, of which the same is true, and so on; the first of them did not share.
 //!
-//! The second part counts on a writer that is not stopped for half a grace between its last verification and the one
-//! request that sets the root, and on clocks that agree to half a grace. Whoever sets a root over an edited map has to
-//! rely on what the edit left as it was, too.
+//! And a root that is set after a sweep has all its chunks, because its [`Writer`](super::Writer) saw each of them in a
+//! transaction, and no chunk was deleted between the first of these and the one that sets the root. Whoever sets a root
+//! over an edited map has to rely on what the edit left as it was, too.
+//!
+//! None of this asks a clock, or how long anybody is stopped. The grace is a kindness: a writer whose chunks are deleted
+//! under its hands would have to begin again.
 //!
 //! A map that cannot be read ends the collection before anything is deleted, since what it leads to is not known. Marks
 //! are kept by kind: somebody may store bytes that are those of a map's node, as data.
 //!
-//! A root's expiry is not looked at: a root keeps its chunks until it is removed.
+//! A root whose time is over is removed first; until then, it keeps its chunks.
 //!
 //! A kill between any two steps leaves at worst an object without a row, or a pack that is dropping. The next
 //! collections, once their grace has passed, remove both.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     time::{Duration, SystemTime},
 };
 
@@ -41,12 +41,12 @@ use burgeon_api::{
 use super::{ChunkStore, Watch, object_name, repack};
 use crate::{
     ChunkId, PackId,
-    catalog::{PackState, Root},
+    catalog::{PackState, PackUsage, Root, RootsSeen},
     chunk::Kind,
     map,
 };
 
-/// What was touched so short a time ago stays, if nobody says otherwise. Writers count on it.
+/// What was touched so short a time ago stays, if nobody says otherwise.
 pub const GRACE_US: u64 = 3600 * 1_000_000;
 /// Rows in one request to the catalog.
 pub(super) const PAGE: u32 = 4096;
@@ -82,24 +82,24 @@ impl Marks {
 /// A root's map that cannot be read, by the root's name: then nothing was deleted. Those of the store, and of `watch`.
 pub fn collect(store: &ChunkStore, grace_us: u64, watch: &mut Watch<'_>) -> Result<Collected> {
     let cut_us = store.now_us().saturating_sub(grace_us);
-    let mut report = Collected::default();
-    let marks = mark(store, watch, &mut report)?;
-    sweep(store, &marks, cut_us, watch, &mut report)?;
-    drop(marks);
+    watch("roots", 0, 0)?;
+    let roots_expired = store.catalog.blocking_expire_roots(store.now_us())?;
+    let mut report = Collected { roots_expired, ..Collected::default() };
+    sweep(store, cut_us, watch, &mut report)?;
     packs(store, cut_us, watch, &mut report)?;
     left_over(store, cut_us, watch, &mut report)?;
     Ok(report)
 }
 
-fn mark(store: &ChunkStore, watch: &mut Watch<'_>, report: &mut Collected) -> Result<Marks> {
-    let mut marks = Marks::default();
+/// Marks what the roots lead to, beyond what is marked already.
+fn mark(store: &ChunkStore, marks: &mut Marks, watch: &mut Watch<'_>, report: &mut Collected) -> Result<RootsSeen> {
     loop {
-        let roots = store.catalog.blocking_roots(None)?;
+        let (roots, seen) = store.catalog.blocking_see_roots()?;
         report.roots = roots.len() as u64;
         let new: Vec<&Root> = roots.iter().filter(|root| !marks.nodes.contains(&root.map)).collect();
         if new.is_empty() {
             report.chunks_kept = marks.count();
-            return Ok(marks);
+            return Ok(seen);
         }
         for (index, root) in new.iter().enumerate() {
             let mut since = 0_u32;
@@ -123,7 +123,9 @@ fn mark(store: &ChunkStore, watch: &mut Watch<'_>, report: &mut Collected) -> Re
     }
 }
 
-fn sweep(store: &ChunkStore, marks: &Marks, cut_us: u64, watch: &mut Watch<'_>, report: &mut Collected) -> Result<()> {
+fn sweep(store: &ChunkStore, cut_us: u64, watch: &mut Watch<'_>, report: &mut Collected) -> Result<()> {
+    let mut marks = Marks::default();
+    let mut seen = mark(store, &mut marks, watch, report)?;
     let mut cursor = None;
     loop {
         watch("sweep", report.chunks_seen, 0)?;
@@ -131,11 +133,19 @@ fn sweep(store: &ChunkStore, marks: &Marks, cut_us: u64, watch: &mut Watch<'_>, 
         let Some(last) = page.last() else { return Ok(()) };
         cursor = Some(last.id);
         report.chunks_seen += page.len() as u64;
-        let unmarked = page.iter().filter(|chunk| chunk.touched_us < cut_us && !marks.contains(&chunk.id));
-        let unmarked: Vec<ChunkId> = unmarked.map(|chunk| chunk.id).collect();
-        if !unmarked.is_empty() {
+        loop {
+            let unmarked = page.iter().filter(|chunk| chunk.touched_us < cut_us && !marks.contains(&chunk.id));
+            let unmarked: Vec<ChunkId> = unmarked.map(|chunk| chunk.id).collect();
+            if unmarked.is_empty() {
+                break;
+            }
             watch("sweep", report.chunks_seen, 0)?;
-            report.chunks_deleted += store.catalog.blocking_sweep(unmarked, cut_us)?.len() as u64;
+            if let Some(deleted) = store.catalog.blocking_sweep(unmarked, cut_us, seen)? {
+                report.chunks_deleted += deleted.len() as u64;
+                break;
+            }
+            // A root was set meanwhile.
+            seen = mark(store, &mut marks, watch, report)?;
         }
     }
 }
@@ -147,27 +157,25 @@ fn packs(store: &ChunkStore, cut_us: u64, watch: &mut Watch<'_>, report: &mut Co
     let lengths: Vec<(PackId, u64)> = empty.map(|pack| (pack.id, pack.length)).collect();
     drop_packs(store, &lengths, cut_us, watch, report)?;
 
-    let sparse = usage.iter().filter(|pack| {
-        pack.state == PackState::Live && pack.live_chunks > 0 && pack.created_us < cut_us && repack::is_sparse(pack)
-    });
-    let sparse: Vec<(PackId, u64)> = sparse.map(|pack| (pack.id, pack.length)).collect();
-    let mut rows = repack::rows_of(store, &sparse.iter().map(|(pack, _)| *pack).collect(), watch)?;
-    let mut moved = Vec::new();
-    for (index, (pack, length)) in sparse.iter().enumerate() {
-        watch("repack", index as u64, sparse.len() as u64)?;
-        match repack::repack(store, *pack, rows.remove(pack).unwrap_or_default(), watch)? {
-            Ok(new_length) => {
-                report.packs_repacked += 1;
-                // Negative only until the old pack is dropped, below.
-                moved.push((*pack, length.saturating_sub(new_length)));
-            }
-            Err(problem) => report.problems.push(problem),
-        }
-    }
-    let dropped = report.packs_dropped;
+    let old = |pack: &&PackUsage| pack.state == PackState::Live && pack.live_chunks > 0 && pack.created_us < cut_us;
+    let (sparse, others): (Vec<&PackUsage>, Vec<&PackUsage>) =
+        usage.iter().filter(old).partition(|pack| repack::is_sparse(pack));
+    let small: Vec<&PackUsage> = others.into_iter().filter(|pack| repack::is_small(pack)).collect();
+    let small = if small.len() >= repack::MANY { small } else { Vec::new() };
+    let anew: HashMap<PackId, u64> = sparse.iter().chain(&small).map(|pack| (pack.id, pack.length)).collect();
+    let mut rows = repack::rows_of(store, &anew.keys().copied().collect(), watch)?;
+    let chosen = sparse.iter().chain(&small).map(|pack| (pack.id, rows.remove(&pack.id).unwrap_or_default()));
+    let repacked = repack::repack(store, chosen.collect(), watch)?;
+    report.problems.extend(repacked.problems);
+    let joined = small.iter().filter(|pack| repacked.moved.contains(&pack.id)).count() as u64;
+    report.packs_joined += joined;
+    report.packs_repacked += repacked.moved.len() as u64 - joined;
+    let moved: Vec<(PackId, u64)> = anew.into_iter().filter(|(pack, _)| repacked.moved.contains(pack)).collect();
+    let (dropped, freed) = (report.packs_dropped, report.bytes_freed);
     drop_packs(store, &moved, cut_us, watch, report)?;
-    // Those are told as repacked.
+    // Those are told as repacked, and the new packs take their room.
     report.packs_dropped = dropped;
+    report.bytes_freed = freed + (report.bytes_freed - freed).saturating_sub(repacked.bytes);
     Ok(())
 }
 

@@ -120,7 +120,8 @@ fn packs(store: &ChunkStore, checked: &mut Checked, watch: &mut Watch<'_>) -> Re
             Ok(found) => format!("it has {found} bytes, and {length} by the catalog"),
             Err(error) => error.message,
         };
-        if live_packs(store)?.contains_key(pack) {
+        // One in which nothing is used, as a repair leaves it, goes with a collection.
+        if live_packs(store)?.contains_key(pack) && store.catalog.blocking_is_used(*pack)? {
             checked.problems.push(problem_at(store, *pack, None, what));
         }
     }

@@ -2,7 +2,7 @@
 
 use std::io::{self, Read};
 
-use burgeon_api::{Error, Result};
+use burgeon_api::{Error, ErrorKind, Result};
 
 use super::{ChunkStore, Writer};
 use crate::{
@@ -40,7 +40,16 @@ pub fn ingest(
     base: Option<Map>,
     progress: &mut dyn FnMut(u64),
 ) -> Result<Ingested> {
-    let known = base.map(|base| blocks(store, base)).transpose()?;
+    let (base, known) = match base.map(|base| (base, blocks(store, base))) {
+        Some((base, Ok(known))) => (Some(base), Some(known)),
+        // The older version only saves work; and storing all of the new one may be what heals it.
+        Some((_, Err(error))) if matches!(error.kind, ErrorKind::Damaged | ErrorKind::NotFound) => {
+            tracing::warn!(%error, "the older version cannot be read, so nothing is shared with it by its blocks");
+            (None, None)
+        }
+        Some((_, Err(error))) => return Err(error),
+        None => (None, None),
+    };
     let mut cuts = match &known {
         Some(known) => Cuts::template(reader, known),
         None => Cuts::new(reader, cutter),
@@ -93,7 +102,7 @@ fn blocks(store: &ChunkStore, map: Map) -> Result<Blocks> {
     let mut buffer = vec![0; 1 << 20];
     loop {
         let at = reader.at;
-        let count = reader.read(&mut buffer).map_err(|error| Error::io("read the older version", &error))?;
+        let count = reader.fill(&mut buffer).map_err(|error| error.context("read the older version"))?;
         if count == 0 {
             return Ok(blocks);
         }
@@ -112,16 +121,21 @@ impl<'a> MapBytes<'a> {
     pub fn new(store: &'a ChunkStore, map: Map) -> MapBytes<'a> {
         MapBytes { store, map, at: 0 }
     }
+
+    /// As [`Read::read`], with the store's own errors.
+    fn fill(&mut self, buffer: &mut [u8]) -> Result<usize> {
+        let end = (self.at + buffer.len() as u64).min(self.map.length());
+        let count = usize::try_from(end - self.at).unwrap_or(0);
+        if count > 0 {
+            self.store.read_map(&self.map, self.at, &mut buffer[..count])?;
+        }
+        self.at = end;
+        Ok(count)
+    }
 }
 
 impl Read for MapBytes<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let end = (self.at + buffer.len() as u64).min(self.map.length());
-        let count = usize::try_from(end - self.at).unwrap_or(0);
-        if count > 0 {
-            self.store.read_map(&self.map, self.at, &mut buffer[..count]).map_err(io::Error::other)?;
-        }
-        self.at = end;
-        Ok(count)
+        self.fill(buffer).map_err(io::Error::other)
     }
 }

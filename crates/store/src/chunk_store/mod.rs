@@ -8,6 +8,8 @@ mod collect;
 mod flights;
 mod fsck;
 mod ingest;
+pub mod read_cache;
+mod rebuild;
 mod repack;
 mod scrub;
 mod writer;
@@ -23,6 +25,7 @@ use bytes::Bytes;
 pub use collect::{GRACE_US, collect};
 pub use fsck::fsck;
 pub use ingest::{Ingested, MapBytes, ingest};
+pub use rebuild::{NamedRoot, rebuild};
 pub use scrub::scrub;
 pub use writer::{Writer, Written};
 
@@ -63,6 +66,9 @@ pub struct ChunkStore {
     flights: Flights,
 }
 
+/// The catalog's file in a store's directory.
+const CATALOG: &str = "catalog.db";
+
 /// The name of a pack's object. Two digits spread the packs over folders.
 fn object_name(pack: PackId) -> String {
     format!("packs/{:02x}/{pack}.pack", pack.0[15])
@@ -72,10 +78,16 @@ impl ChunkStore {
     /// Opens or creates the store in a directory: its catalog and its packs.
     ///
     /// # Errors
-    /// As [`Catalog::open`] and [`Directory::open`].
+    /// As [`Catalog::open`] and [`Directory::open`]; `Damaged` where there are packs and no catalog.
     pub fn open(directory: &Path, source: Source) -> Result<Arc<ChunkStore>> {
         let objects = Directory::open(directory)?;
-        let catalog = Catalog::open(directory.join("catalog.db").as_path())?;
+        Self::check_catalog(directory, &objects)?;
+        let catalog = Catalog::open(directory.join(CATALOG).as_path()).map_err(|error| match error.kind {
+            ErrorKind::Damaged => error.with_hint(
+                "stop the server, and run burgeon store fsck --rebuild, which makes a new catalog of the packs",
+            ),
+            _ => error,
+        })?;
         Ok(Arc::new(ChunkStore {
             catalog,
             objects,

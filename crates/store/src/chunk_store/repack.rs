@@ -1,4 +1,4 @@
-//! Writing a sparse pack anew: what of it is used goes to a new pack, as it is stored.
+//! Writing packs anew: what is used of some goes to new ones, as it is stored.
 
 use std::collections::{HashMap, HashSet};
 
@@ -10,11 +10,17 @@ use super::{
     object_name,
 };
 use crate::{
-    PackId,
+    ChunkId, PackId,
     catalog::{Candidate, Entry, PackUsage},
     chunk::{Encoded, Kind},
-    pack::{ENTRY_BYTES, FILE_HEADER_BYTES, PackWriter, RECORD_HEADER_BYTES, RecordHeader, TRAILER_BYTES, read_record},
+    pack::{
+        ENTRY_BYTES, FILE_HEADER_BYTES, PACK_BYTES_LOCAL, PackWriter, RECORD_HEADER_BYTES, RecordHeader, TRAILER_BYTES,
+        read_record,
+    },
 };
+
+/// Small packs are joined once there are so many: with fewer, joining would write the same chunks again and again.
+pub(super) const MANY: usize = 8;
 
 /// Whether less than half of a pack is used. What a new pack needs beside the chunks counts too, or packs of small
 /// chunks would be written anew for ever.
@@ -22,6 +28,11 @@ pub(super) fn is_sparse(pack: &PackUsage) -> bool {
     let around = (FILE_HEADER_BYTES + TRAILER_BYTES) as u64;
     let needed = pack.live_stored + pack.live_chunks * (RECORD_HEADER_BYTES + ENTRY_BYTES) as u64 + around;
     needed.saturating_mul(2) < pack.length
+}
+
+/// Whether a pack has less than a quarter of the usual length.
+pub(super) fn is_small(pack: &PackUsage) -> bool {
+    pack.length < PACK_BYTES_LOCAL / 4
 }
 
 /// The rows of the chunks in these packs.
@@ -44,32 +55,97 @@ pub(super) fn rows_of(
     Ok(rows)
 }
 
-/// Moves these chunks, which are all that lie in the pack, to a new one, whose length it answers. A pack in which one
+/// What became of packs that were to be written anew.
+#[derive(Default)]
+pub(super) struct Repacked {
+    /// Those in which nothing is left.
+    pub(super) moved: Vec<PackId>,
+    /// Bytes of the new packs.
+    pub(super) bytes: u64,
+    /// Why others stay as they are.
+    pub(super) problems: Vec<Problem>,
+}
+
+/// A new pack, and where its chunks are from.
+struct Joined {
+    writer: PackWriter<Vec<u8>>,
+    from: HashMap<ChunkId, PackId>,
+}
+
+/// Moves these chunks, which are all that lie in their packs, to new packs of the usual length. A pack in which one
 /// cannot be read stays as it is.
 pub(super) fn repack(
     store: &ChunkStore,
-    from: PackId,
-    mut rows: Vec<Candidate>,
+    packs: Vec<(PackId, Vec<Candidate>)>,
     watch: &mut Watch<'_>,
-) -> Result<Result<u64, Problem>> {
+) -> Result<Repacked> {
+    let mut repacked = Repacked::default();
+    let mut joined: Option<Joined> = None;
+    let total = packs.len() as u64;
+    for (index, (pack, rows)) in packs.into_iter().enumerate() {
+        watch("repack", index as u64, total)?;
+        let records = match read_all(store, pack, rows)? {
+            Ok(records) => records,
+            Err(problem) => {
+                repacked.problems.push(problem);
+                continue;
+            }
+        };
+        let into = match &mut joined {
+            Some(joined) => joined,
+            none => none.insert(Joined {
+                writer: PackWriter::new(PackId((store.source.uuid)()), Vec::new())?,
+                from: HashMap::new(),
+            }),
+        };
+        for (kind, encoded) in &records {
+            into.writer.append(*kind, encoded)?;
+            into.from.insert(encoded.id, pack);
+        }
+        repacked.moved.push(pack);
+        if into.writer.length() >= PACK_BYTES_LOCAL
+            && let Some(full) = joined.take()
+        {
+            repacked.bytes += close(store, full, watch)?;
+        }
+    }
+    if let Some(last) = joined {
+        repacked.bytes += close(store, last, watch)?;
+    }
+    Ok(repacked)
+}
+
+/// Makes a new pack durable, then gives the chunks their places in it.
+fn close(store: &ChunkStore, joined: Joined, watch: &mut Watch<'_>) -> Result<u64> {
+    let pack = joined.writer.finish()?;
+    watch("repack", 0, 0)?;
+    store.objects.put_new(&object_name(pack.pack), &pack.sink)?;
+    watch("repack", 0, 0)?;
+    let moves = pack.entries.iter().filter_map(|entry| {
+        let from = joined.from.get(&entry.id)?;
+        Some((*from, Entry { id: entry.id, kind: entry.kind as u8, place: entry.place }))
+    });
+    store.catalog.blocking_move_chunks(pack.pack, pack.length, moves.collect(), store.now_us())?;
+    Ok(pack.length)
+}
+
+fn read_all(
+    store: &ChunkStore,
+    pack: PackId,
+    mut rows: Vec<Candidate>,
+) -> Result<Result<Vec<(Kind, Encoded)>, Problem>> {
     rows.sort_unstable_by_key(|row| row.place.offset);
-    let mut writer = PackWriter::new(PackId((store.source.uuid)()), Vec::new())?;
+    let mut records = Vec::with_capacity(rows.len());
     for row in &rows {
         match read(store, row) {
-            Ok((kind, encoded)) => writer.append(kind, &encoded).map(drop)?,
+            Ok(record) => records.push(record),
             Err(error) if matches!(error.kind, ErrorKind::Damaged | ErrorKind::NotFound | ErrorKind::Refused) => {
-                return Ok(Err(problem_at(store, from, Some(row.place.offset), error.message)));
+                return Ok(Err(problem_at(store, pack, Some(row.place.offset), error.message)));
             }
             Err(error) => return Err(error),
         }
     }
-    let pack = writer.finish()?;
-    watch("repack", 0, 0)?;
-    store.objects.put_new(&object_name(pack.pack), &pack.sink)?;
-    watch("repack", 0, 0)?;
-    let entries = pack.entries.iter().map(|entry| Entry { id: entry.id, kind: entry.kind as u8, place: entry.place });
-    store.catalog.blocking_move_chunks(from, pack.pack, pack.length, entries.collect(), store.now_us())?;
-    Ok(Ok(pack.length))
+    Ok(Ok(records))
 }
 
 /// A record as it is stored, verified.

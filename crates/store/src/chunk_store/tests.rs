@@ -1,4 +1,7 @@
 mod collect;
+mod heal;
+mod left_over;
+mod rebuild;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -6,11 +9,11 @@ use super::*;
 use crate::{catalog::NewRoot, cut::Cutter, testing::noise};
 
 fn open(directory: &Path) -> Arc<ChunkStore> {
-    let next = Arc::new(AtomicU64::new(1));
-    let clock = next.clone();
+    // One for all, so that no two stores on a directory give the same number.
+    static NEXT: AtomicU64 = AtomicU64::new(1);
     let source = Source {
-        now_us: Arc::new(move || clock.fetch_add(1, Ordering::Relaxed)),
-        uuid: Arc::new(move || u128::from(next.fetch_add(1, Ordering::Relaxed)).to_be_bytes()),
+        now_us: Arc::new(|| NEXT.fetch_add(1, Ordering::Relaxed)),
+        uuid: Arc::new(|| u128::from(NEXT.fetch_add(1, Ordering::Relaxed)).to_be_bytes()),
     };
     ChunkStore::open(directory, source).unwrap()
 }

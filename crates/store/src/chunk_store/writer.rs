@@ -7,7 +7,7 @@ use std::{collections::HashSet, num::NonZero, thread};
 
 use burgeon_api::{Error, Result};
 
-use super::{ChunkStore, GRACE_US, object_name};
+use super::{ChunkStore, object_name};
 use crate::{
     ChunkId, PackId,
     catalog::{Entry, NewRoot},
@@ -20,6 +20,8 @@ use crate::{
 const BATCH_BYTES: usize = 8 << 20;
 /// Names in one request to the catalog.
 const CLAIMS: usize = 4096;
+/// How often a writer looks at its chunks, piece by piece, while a collection deletes others.
+const LOOKS: u32 = 4;
 
 /// What was stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -160,22 +162,24 @@ impl<'a> Writer<'a> {
     /// Those of the store; `Conflict` where the root is not as expected, or a chunk was collected meanwhile.
     pub fn finish(mut self, root: NewRoot) -> Result<Written> {
         let written = self.flush()?;
-        // What is verified here must still be as good as touched when the root is set: see `collect`.
-        loop {
-            let begun_us = self.store.now_us();
+        let catalog = &self.store.catalog;
+        for _ in 0..LOOKS {
+            let removals = catalog.blocking_removals()?;
             let mut names = self.seen.iter().copied();
             loop {
                 let some: Vec<ChunkId> = names.by_ref().take(CLAIMS).collect();
                 if some.is_empty() {
                     break;
                 }
-                self.store.catalog.blocking_verify_claims(some, self.store.now_us())?;
+                catalog.blocking_verify_claims(some, self.store.now_us())?;
             }
-            if self.store.now_us().saturating_sub(begun_us) < GRACE_US / 2 {
-                break;
+            if catalog.blocking_set_root_since(root.clone(), removals, self.store.now_us())? {
+                return Ok(written);
             }
         }
-        self.store.catalog.blocking_set_root(root, self.store.now_us())?;
+        // Somebody deletes all the time: one look that nobody can come between, while other writers wait.
+        let relied = root.relied.iter().copied().chain(self.seen).collect();
+        catalog.blocking_set_root(NewRoot { relied, ..root }, self.store.now_us())?;
         Ok(written)
     }
 }

@@ -5,13 +5,13 @@ use std::{path::PathBuf, sync::Condvar, thread};
 use super::*;
 use crate::{catalog::PackState, map::chunks, testing::Seeded};
 
-const GRACE: u64 = GRACE_US;
+pub(super) const GRACE: u64 = GRACE_US;
 /// Later than the time of any file that a test makes.
-const FUTURE: u64 = 4_000_000_000_000_000;
+pub(super) const FUTURE: u64 = 4_000_000_000_000_000;
 /// Earlier.
-const PAST: u64 = 1_000_000_000_000;
+pub(super) const PAST: u64 = 1_000_000_000_000;
 
-fn open_at(directory: &Path, clock: &Arc<AtomicU64>) -> Arc<ChunkStore> {
+pub(super) fn open_at(directory: &Path, clock: &Arc<AtomicU64>) -> Arc<ChunkStore> {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     let clock = clock.clone();
     let source = Source {
@@ -21,22 +21,22 @@ fn open_at(directory: &Path, clock: &Arc<AtomicU64>) -> Arc<ChunkStore> {
     ChunkStore::open(directory, source).unwrap()
 }
 
-fn run(store: &ChunkStore) -> burgeon_api::store::Collected {
+pub(super) fn run(store: &ChunkStore) -> burgeon_api::store::Collected {
     collect(store, GRACE, &mut |_, _, _| Ok(())).unwrap()
 }
 
-fn assert_sound(store: &ChunkStore) {
-    for checked in [fsck(store, &mut |_, _, _| Ok(())).unwrap(), scrub(store, &mut |_, _, _| Ok(())).unwrap()] {
+pub(super) fn assert_sound(store: &ChunkStore) {
+    for checked in [fsck(store, &mut |_, _, _| Ok(())).unwrap(), scrub(store, false, &mut |_, _, _| Ok(())).unwrap()] {
         assert!(checked.problems.is_empty(), "{checked:?}");
     }
 }
 
-fn pack_files(directory: &Path) -> Vec<PathBuf> {
+pub(super) fn pack_files(directory: &Path) -> Vec<PathBuf> {
     let folders = std::fs::read_dir(directory.join("packs")).unwrap().flatten();
     folders.flat_map(|folder| std::fs::read_dir(folder.path()).unwrap().flatten()).map(|file| file.path()).collect()
 }
 
-fn remove(store: &ChunkStore, name: &str) {
+pub(super) fn remove(store: &ChunkStore, name: &str) {
     assert!(store.catalog.blocking_remove_root("image", name, None).unwrap());
 }
 
@@ -129,7 +129,7 @@ fn a_map_that_cannot_be_read_stops_a_collection_before_anything_is_deleted() {
     let checked = fsck(&store, &mut |_, _, _| Ok(())).unwrap();
     assert_eq!(checked.problems.len(), 1, "{checked:?}");
     assert_eq!(checked.problems[0].place, "image bad");
-    let checked = scrub(&store, &mut |_, _, _| Ok(())).unwrap();
+    let checked = scrub(&store, false, &mut |_, _, _| Ok(())).unwrap();
     assert_eq!(checked.problems.len(), 1, "{checked:?}");
     assert_eq!(checked.problems[0].place, format!("{} at byte {}", path.display(), place.offset));
 
@@ -137,11 +137,11 @@ fn a_map_that_cannot_be_read_stops_a_collection_before_anything_is_deleted() {
     let end = content.len() - 1;
     content[end] ^= 1;
     std::fs::write(&path, &content).unwrap();
-    let checked = scrub(&store, &mut |_, _, _| Ok(())).unwrap();
+    let checked = scrub(&store, false, &mut |_, _, _| Ok(())).unwrap();
     assert_eq!(checked.problems.len(), 2, "{checked:?}");
     std::fs::remove_file(&path).unwrap();
     let store = open_at(directory.path(), &clock);
-    assert_eq!(scrub(&store, &mut |_, _, _| Ok(())).unwrap().problems.len(), 1);
+    assert_eq!(scrub(&store, false, &mut |_, _, _| Ok(())).unwrap().problems.len(), 1);
     let checked = fsck(&store, &mut |_, _, _| Ok(())).unwrap();
     assert_eq!(checked.problems.len(), 2, "{checked:?}");
     assert!(collect(&store, GRACE, &mut |_, _, _| Ok(())).is_err());
@@ -203,6 +203,8 @@ fn what_dead_writers_left_goes_and_they_cannot_come_back() {
     clock.fetch_add(2 * GRACE, Ordering::Relaxed);
     run(&store);
     assert!(!store.catalog.blocking_packs().unwrap().iter().any(|(id, ..)| *id == pack));
+    let later = store.catalog.blocking_add_pack(pack, 27, FUTURE, Vec::new()).unwrap_err();
+    assert_eq!(later.kind, ErrorKind::Conflict);
     read_all(&open_at(directory.path(), &clock), map.root());
 }
 
@@ -350,4 +352,59 @@ fn a_writer_that_counts_on_what_is_about_to_be_deleted_loses_nothing() {
     // Both happened, often.
     assert!(deleted > 500 && stored_again > 500 && kept > 500, "{deleted} {stored_again} {kept}");
     assert_sound(&open_at(directory.path(), &clock));
+}
+
+/// Clocks that are a century apart, and no grace: the writer may have to begin again, and still nothing is lost.
+#[test]
+fn no_clock_can_make_a_collection_delete_what_a_root_needs() {
+    let directory = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+    let behind = open_at(directory.path(), &Arc::new(AtomicU64::new(PAST)));
+    let ahead = open_at(directory.path(), &Arc::new(AtomicU64::new(FUTURE)));
+    let pool: Vec<Vec<u8>> = (0..12).map(|seed| noise(seed, 4096)).collect();
+    let (mut deleted, mut begun_again) = (0, 0);
+    for round in 0..300_u64 {
+        let mut seeded = Seeded::new(round);
+        let wanted: Vec<u8> = (0..6).flat_map(|_| pool[seeded.below(pool.len())].clone()).collect();
+        let turns = Turns { state: Mutex::new((seeded, 0, [round % 2 == 1; 2])), changed: Condvar::new() };
+        let name = format!("round-{round}");
+        let map = thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                let map = loop {
+                    turns.pass(0);
+                    let mut writer = Writer::new(&behind);
+                    let ingested = ingest(&behind, &mut writer, &wanted[..], Cutter::Fixed64K, None, &mut |_| {});
+                    turns.pass(0);
+                    let finished = ingested
+                        .and_then(|ingested| writer.finish(root(&name, ingested.map.root())).map(|_| ingested.map));
+                    match finished {
+                        Ok(map) => break map,
+                        Err(error) => {
+                            assert!(matches!(error.kind, ErrorKind::Conflict | ErrorKind::NotFound), "{error}");
+                            begun_again += 1;
+                        }
+                    }
+                };
+                turns.leave(0);
+                map
+            });
+            let collector = scope.spawn(|| {
+                let report = collect(&ahead, 0, &mut |_, _, _| {
+                    turns.pass(1);
+                    Ok(())
+                });
+                turns.leave(1);
+                deleted += report.unwrap().chunks_deleted;
+            });
+            collector.join().unwrap();
+            writer.join().unwrap()
+        });
+        assert!(read_back(&open_at(directory.path(), &Arc::new(AtomicU64::new(PAST))), map, wanted.len()) == wanted);
+        if round % 25 == 0 {
+            assert_sound(&ahead);
+        }
+        remove(&behind, &name);
+    }
+    println!("deleted {deleted}, begun again {begun_again}");
+    assert!(deleted > 100, "{deleted}");
+    assert_sound(&ahead);
 }

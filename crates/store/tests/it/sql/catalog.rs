@@ -29,7 +29,7 @@ pub(super) fn entries(pack: PackId, numbers: impl IntoIterator<Item = u32>) -> V
     numbers.into_iter().enumerate().map(entry).collect()
 }
 
-fn root(name: &str, expected: Option<ChunkId>, map: ChunkId) -> NewRoot {
+pub(super) fn root(name: &str, expected: Option<ChunkId>, map: ChunkId) -> NewRoot {
     NewRoot {
         kind: "image".into(),
         name: name.into(),
@@ -39,6 +39,16 @@ fn root(name: &str, expected: Option<ChunkId>, map: ChunkId) -> NewRoot {
         expires_us: None,
         note: String::new(),
     }
+}
+
+/// As a collection does that has just marked what all roots lead to.
+pub(super) fn sweep(catalog: &Catalog, ids: Vec<ChunkId>, untouched_since_us: u64) -> Vec<ChunkId> {
+    // The callers may be tasks.
+    let sweep = || {
+        let (_, seen) = catalog.blocking_see_roots().unwrap();
+        catalog.blocking_sweep(ids, untouched_since_us, seen).unwrap().unwrap()
+    };
+    thread::scope(|scope| scope.spawn(sweep).join().unwrap())
 }
 
 on_both_engines! {
@@ -85,12 +95,12 @@ async fn a_claim_keeps_a_chunk_from_a_sweep(home: Home) {
     // Another pack with the same chunk touches it too.
     catalog.add_pack(pack(2), 1_000, 20, entries(pack(2), [1])).await.unwrap();
     let all: Vec<_> = (0..4).map(chunk).collect();
-    assert_eq!(catalog.sweep(all.clone(), 10).await.unwrap(), [], "touched at that time is not before it");
-    assert_eq!(catalog.sweep(all.clone(), 20).await.unwrap(), [chunk(2), chunk(3)]);
-    assert_eq!(catalog.sweep(all.clone(), 20).await.unwrap(), []);
+    assert_eq!(sweep(&catalog, all.clone(), 10), [], "touched at that time is not before it");
+    assert_eq!(sweep(&catalog, all.clone(), 20), [chunk(2), chunk(3)]);
+    assert_eq!(sweep(&catalog, all.clone(), 20), []);
     // A clock that went back does not make a chunk older.
     catalog.claim(vec![chunk(0)], 3).await.unwrap();
-    assert_eq!(catalog.sweep(all, 20).await.unwrap(), []);
+    assert_eq!(sweep(&catalog, all, 20), []);
     catalog.verify_claims(vec![chunk(0), chunk(1)], 30).await.unwrap();
     let gone = catalog.verify_claims(vec![chunk(0), chunk(3), chunk(2)], 30).await.unwrap_err();
     assert_eq!(gone.kind, ErrorKind::Conflict);
@@ -135,6 +145,14 @@ async fn roots_change_only_as_expected(home: Home) {
     assert_eq!(catalog.remove_root("image", "www", Some(chunk(0))).await.unwrap_err().kind, ErrorKind::Conflict);
     assert!(catalog.remove_root("image", "www", Some(chunk(1))).await.unwrap());
     assert!(!catalog.remove_root("image", "www", None).await.unwrap());
+
+    for (name, expires_us) in [("soon", Some(50)), ("later", Some(51)), ("never", None)] {
+        catalog.set_root(NewRoot { expires_us, ..root(name, None, chunk(0)) }, 14).await.unwrap();
+    }
+    let expire = |now_us| thread::scope(|scope| scope.spawn(|| catalog.blocking_expire_roots(now_us)).join().unwrap());
+    assert_eq!((expire(49).unwrap(), expire(50).unwrap(), expire(50).unwrap()), (0, 1, 0));
+    assert!(catalog.root("image", "soon").await.unwrap().is_none());
+    assert!(catalog.root("image", "later").await.unwrap().is_some());
 }
 
 async fn a_root_relies_on_what_is_there(home: Home) {
@@ -150,24 +168,31 @@ async fn a_root_relies_on_what_is_there(home: Home) {
     // What a root relies on is touched with it.
     let relied = vec![chunk(1)];
     catalog.set_root(NewRoot { relied, ..root("web", None, chunk(0)) }, 30).await.unwrap();
-    assert_eq!(catalog.sweep((0..4).map(chunk).collect(), 30).await.unwrap(), [chunk(2), chunk(3)]);
+    assert_eq!(sweep(&catalog, (0..4).map(chunk).collect(), 30), [chunk(2), chunk(3)]);
 }
 
 async fn chunks_move_to_a_new_pack(home: Home) {
     let catalog = Catalog::open(&home.address).unwrap();
     catalog.add_pack(pack(1), 4_000, 10, entries(pack(1), 0..4)).await.unwrap();
     catalog.add_pack(pack(2), 1_000, 10, entries(pack(2), [5])).await.unwrap();
-    catalog.sweep(vec![chunk(0)], 11).await.unwrap();
+    sweep(&catalog, vec![chunk(0)], 11);
     let new = entries(pack(3), [0, 1, 2, 5]);
     for _ in 0..2 {
-        let moved = catalog.move_chunks(pack(1), pack(3), 4_000, new.clone(), 12).await.unwrap();
+        let moves = new.iter().map(|entry| (pack(1), *entry)).collect();
+        let moved = catalog.move_chunks(pack(3), 4_000, moves, 12).await.unwrap();
         assert_eq!(moved, 2, "one is gone, one lies elsewhere; and the same again changes nothing");
     }
     let places = catalog.places(vec![chunk(0), chunk(1), chunk(2), chunk(3), chunk(5)]).await.unwrap();
     let packs: Vec<_> = places.iter().map(|place| place.map(|place| place.pack)).collect();
     assert_eq!(packs, [None, Some(pack(3)), Some(pack(3)), Some(pack(1)), Some(pack(2))]);
     assert_eq!(places[2], Some(new[2].place));
-    let wrong = catalog.move_chunks(pack(1), pack(4), 1_000, new, 12).await.unwrap_err();
+    // Two packs are joined.
+    let joined = entries(pack(4), [3, 5]);
+    let moves = vec![(pack(1), joined[0]), (pack(2), joined[1])];
+    assert_eq!(catalog.move_chunks(pack(4), 2_000, moves, 12).await.unwrap(), 2);
+    assert_eq!(catalog.places(vec![chunk(3), chunk(5)]).await.unwrap(), [Some(joined[0].place), Some(joined[1].place)]);
+    let moves = new.iter().map(|entry| (pack(1), *entry)).collect();
+    let wrong = catalog.move_chunks(pack(5), 1_000, moves, 12).await.unwrap_err();
     assert_eq!(wrong.kind, ErrorKind::Invalid);
 }
 
@@ -176,7 +201,7 @@ async fn a_pack_is_dropped_in_two_steps(home: Home) {
     catalog.add_pack(pack(1), 4_000, 10, entries(pack(1), 0..2)).await.unwrap();
     catalog.add_pack(pack(2), 4_000, 10, entries(pack(2), 2..4)).await.unwrap();
     assert!(!catalog.drop_pack(pack(1), 50).await.unwrap(), "its chunks live");
-    catalog.sweep(vec![chunk(0), chunk(1), chunk(2)], 11).await.unwrap();
+    sweep(&catalog, vec![chunk(0), chunk(1), chunk(2)], 11);
     assert!(!catalog.drop_pack(pack(1), 10).await.unwrap(), "too young");
     assert_eq!(catalog.forget_pack(pack(1)).await.unwrap_err().kind, ErrorKind::Conflict);
     let asked = vec![pack(1), pack(2), pack(3)];
@@ -192,6 +217,8 @@ async fn a_pack_is_dropped_in_two_steps(home: Home) {
     catalog.forget_pack(pack(1)).await.unwrap();
     catalog.forget_pack(pack(1)).await.unwrap();
     assert_eq!(catalog.packs().await.unwrap().len(), 1);
+    let later = catalog.add_pack(pack(1), 4_000, 70, entries(pack(1), 0..2)).await.unwrap_err();
+    assert_eq!(later.kind, ErrorKind::Conflict, "however late");
 }
 
 async fn chunks_are_listed_in_order(home: Home) {
@@ -220,7 +247,7 @@ async fn sums(home: Home) {
     catalog.add_pack(pack(1), 4_000, 10, entries(pack(1), 0..3)).await.unwrap();
     catalog.add_pack(pack(2), 2_000, 10, entries(pack(2), [7])).await.unwrap();
     catalog.set_root(root("web", None, chunk(0)), 20).await.unwrap();
-    catalog.sweep(vec![chunk(7)], 20).await.unwrap();
+    sweep(&catalog, vec![chunk(7)], 20);
     catalog.drop_pack(pack(2), 20).await.unwrap();
     let sums = catalog.statistics().await.unwrap();
     assert_eq!((sums.packs, sums.packs_dropping, sums.pack_bytes, sums.roots), (2, 1, 6_000, 1));
@@ -252,7 +279,7 @@ async fn a_claim_and_a_sweep_at_once(home: Home) {
             });
             let sweep = scope.spawn(|| {
                 wait(number + TRIES);
-                collector.blocking_sweep(vec![chunk(number)], 20).unwrap()
+                sweep(&collector, vec![chunk(number)], 20)
             });
             (claim.join().unwrap(), sweep.join().unwrap())
         });
@@ -271,4 +298,21 @@ async fn a_claim_and_a_sweep_at_once(home: Home) {
         }
     }
     assert!(claimed > 0 && swept > 0, "{claimed} claims and {swept} sweeps came first: that is no race");
+}
+
+#[test]
+fn a_catalog_of_the_first_version_is_brought_up() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("catalog.db");
+    let catalog = Catalog::open(&path).unwrap();
+    catalog.blocking_add_pack(pack(1), 4_000, 10, entries(pack(1), 0..4)).unwrap();
+    catalog.blocking_set_root(root("web", None, chunk(0)), 11).unwrap();
+    drop(catalog);
+    let bare = rusqlite::Connection::open(&path).unwrap();
+    bare.execute_batch("DROP TABLE counter; DROP TABLE gone; UPDATE schema_version SET version = 1").unwrap();
+    drop(bare);
+    let catalog = Catalog::open(&path).unwrap();
+    let (roots, seen) = catalog.blocking_see_roots().unwrap();
+    assert_eq!(roots.len(), 1);
+    assert_eq!(catalog.blocking_sweep(vec![chunk(3)], 20, seen).unwrap(), Some(vec![chunk(3)]));
 }

@@ -2,6 +2,7 @@
 
 mod catalog;
 mod committer;
+mod fence;
 mod kills;
 mod meta;
 mod opening;
