@@ -124,6 +124,7 @@ pub enum Progress {
     Note(String),
     Image(Box<crate::image::Image>),
     Exported(Exported),
+    Differences(Box<crate::differences::Differences>),
     Collected(Collected),
     Checked(Checked),
     Failed(Error),

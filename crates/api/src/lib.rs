@@ -4,9 +4,11 @@
 //! This crate has no input or output and no runtime; everything here is data and its validation.
 #![forbid(unsafe_code)]
 
+pub mod differences;
 pub mod document;
 pub mod error;
 pub mod exec;
+pub mod history;
 pub mod host;
 pub mod http;
 pub mod id;

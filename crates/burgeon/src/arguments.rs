@@ -267,12 +267,29 @@ pub enum ImageCommand {
         #[arg(long, short)]
         force: bool,
     },
+    /// Serve an image's disk, read-only, to NBD clients on a unix socket, until Ctrl-C
+    Serve {
+        image: String,
+        /// Path of the socket to make
+        #[arg(long, value_name = "PATH")]
+        socket: PathBuf,
+    },
     /// Read all of an image and compare it with its names
     Verify { image: String },
     /// List images
     Ls(ListArguments),
     /// Show everything about an image
     Show { image: String },
+    /// Show what differs between two images
+    Diff {
+        a: String,
+        b: String,
+        /// List the stretches of the disks that differ
+        #[arg(long)]
+        extents: bool,
+    },
+    /// Show what made an image, oldest first
+    History { image: String },
     /// Remove images; VMs made from them go on
     Rm {
         #[arg(required = true)]

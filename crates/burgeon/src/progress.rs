@@ -68,6 +68,7 @@ impl BuildProgress {
             }
             Progress::Image(_)
             | Progress::Exported(_)
+            | Progress::Differences(_)
             | Progress::Collected(_)
             | Progress::Checked(_)
             | Progress::Failed(_) => {}

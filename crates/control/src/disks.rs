@@ -12,11 +12,12 @@ use std::{
 };
 
 use burgeon_api::{Error, ErrorKind, Result};
-use burgeon_image::{DataPaths, DiskStore, Stored};
+use burgeon_image::{DataPaths, DiskStore, KeptDisk, Stored};
 use burgeon_store::{
     catalog::NewRoot,
     chunk_store::{ChunkStore, Source, Writer, ingest},
     cut::Cutter,
+    hold,
     map::Map,
 };
 
@@ -58,7 +59,7 @@ impl<R: Read> Read for Cancellable<'_, R> {
 }
 
 impl DiskStore for Keeper<'_> {
-    fn keep(&self, image: &str, disk: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<String> {
+    fn keep(&self, image: &str, disk: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<KeptDisk> {
         let failed = |error: io::Error| Error::io(format!("read {}", disk.display()), &error);
         let file = File::open(disk).map_err(failed)?;
         let total = file.metadata().map_err(failed)?.len();
@@ -79,7 +80,8 @@ impl DiskStore for Keeper<'_> {
         });
         let map = ingested
             .map_err(|error| if (self.cancelled)() { Error::new(ErrorKind::Cancelled, "cancelled") } else { error })?;
-        let map = map.map.root();
+        let space = map.map;
+        let map = space.root();
         let root = NewRoot {
             kind: ROOT_KIND.into(),
             name: format!("{image}/{map}"),
@@ -97,13 +99,30 @@ impl DiskStore for Keeper<'_> {
             stored_bytes = written.new_stored,
             "the image's disk is stored"
         );
-        Ok(map.to_string())
+        let bytes = held_bytes(self.store, &space)?;
+        Ok(KeptDisk { map: map.to_string(), bytes, new_bytes: written.new_bytes })
     }
+}
+
+/// Bytes of a map that stand in chunks.
+fn held_bytes(store: &ChunkStore, map: &Map) -> Result<u64> {
+    let mut held = 0;
+    let mut at = 0;
+    while at < map.length() {
+        // A piece takes more memory than its name: a large disk is not looked at in one.
+        let end = (at + (1 << 30)).min(map.length());
+        let pieces = map.lookup(store, at..end)?;
+        let data = pieces.iter().filter(|piece| piece.source.is_some());
+        held += data.map(|piece| piece.range.end - piece.range.start).sum::<u64>();
+        at = end;
+    }
+    Ok(held)
 }
 
 /// Removes the roots that no image names any more. What only they kept is collected later.
 /// Done before every collection.
 pub(crate) async fn let_go(store: &ChunkStore, data: &DataPaths) -> Result<()> {
+    hold::let_go_of_expired(store).await?;
     let mut named = HashSet::new();
     for stored in burgeon_image::list(data)? {
         match stored {

@@ -186,6 +186,7 @@ impl HostRunner {
             kernel_parameters,
             init: String::new(),
             created_s: now_s(),
+            history: Vec::new(),
         };
         let profile = Profile { memory: job.memory, cpus: job.cpus, init: Init::None, ..Profile::default() };
         let launch =

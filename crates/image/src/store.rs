@@ -133,8 +133,12 @@ pub fn remove(data: &DataPaths, image: &str) -> Result<()> {
         .map_err(|error| Error::io(format!("cannot remove {}", directory.display()), &error))
 }
 
+/// The version of `image.json` that goes into digests. It stays when the format grows, so that the same image has the
+/// same digest.
+const DIGEST_FORMAT: u32 = 2;
+
 /// The image's metadata with its digest: SHA-256 over the digests of kernel, initramfs and disk,
-/// and over the metadata without the digest itself, the recipe's digest and the time.
+/// and over the metadata without the digest itself, the recipe's digest, the time and the history.
 pub(crate) fn sealed(mut image: Image, directory: &Path) -> Result<Image> {
     let mut hasher = Sha256::new();
     hasher.update(b"burgeon image 1\0");
@@ -146,7 +150,14 @@ pub(crate) fn sealed(mut image: Image, directory: &Path) -> Result<Image> {
     if image.disk.is_some() {
         hasher.update(format!("{} {}\n", Image::DISK, hash::of_disk(&directory.join(Image::DISK))?));
     }
-    let plain = Image { digest: String::new(), recipe: String::new(), created_s: 0, ..image.clone() };
+    let plain = Image {
+        format: DIGEST_FORMAT,
+        digest: String::new(),
+        recipe: String::new(),
+        created_s: 0,
+        history: Vec::new(),
+        ..image.clone()
+    };
     hasher.update(text(&plain)?);
     image.digest = hash::hex(&hasher.finalize());
     Ok(image)
@@ -154,12 +165,22 @@ pub(crate) fn sealed(mut image: Image, directory: &Path) -> Result<Image> {
 
 /// Where disks of images are kept: the store, behind a seam, because this crate knows none.
 pub trait DiskStore: Sync {
-    /// Keeps a disk for the image of that name, and gives the name of its block map. It is kept for as long as an
+    /// Keeps a disk for the image of that name. It is kept for as long as an
     /// image's `image.json` names the map; and at first for an hour, so that there is time to write one.
     ///
     /// # Errors
     /// Those of the store, a full disk among them.
-    fn keep(&self, image: &str, disk: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<String>;
+    fn keep(&self, image: &str, disk: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<KeptDisk>;
+}
+
+/// A disk as it was stored.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct KeptDisk {
+    /// The name of its block map; empty without a disk.
+    pub map: String,
+    /// Bytes that stand in chunks; and bytes of the chunks that were not stored before.
+    pub bytes: u64,
+    pub new_bytes: u64,
 }
 
 /// Moves the image's disk from its directory into the store.
@@ -168,16 +189,16 @@ pub(crate) fn keep_disk(
     image: Image,
     directory: &Path,
     progress: &(dyn Fn(Progress) + Sync),
-) -> Result<Image> {
+) -> Result<(Image, KeptDisk)> {
     if image.disk.is_none() {
-        return Ok(image);
+        return Ok((image, KeptDisk::default()));
     }
     let disk = directory.join(Image::DISK);
-    let map = disks.keep(&image.name, &disk, &mut |done, total| {
+    let kept = disks.keep(&image.name, &disk, &mut |done, total| {
         progress(Progress::Step { phase: "store".into(), done, total, bytes: true });
     })?;
     fs::remove_file(&disk).map_err(|error| Error::io(format!("remove {}", disk.display()), &error))?;
-    Ok(Image { map: Some(map), ..image })
+    Ok((Image { map: Some(kept.map.clone()), ..image }, kept))
 }
 
 /// Writes `image.json` and puts the directory in place of the image of that name.
@@ -215,6 +236,7 @@ pub(crate) mod tests {
             kernel_parameters: Vec::new(),
             init: "/sbin/init".into(),
             created_s: 5,
+            history: Vec::new(),
         }
     }
 
@@ -271,12 +293,17 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_digest_leaves_out_time_and_recipe_only() {
+    fn the_digest_leaves_out_time_recipe_and_history_only() {
         let root = tempfile::tempdir().unwrap();
         let data = data(root.path());
         let first = store(&data, &image("a"));
         let later = store(&data, &Image { created_s: 9, recipe: "x".into(), ..image("a") });
         assert_eq!(first.digest, later.digest);
+        let origin = burgeon_api::history::Origin::Pulled { remote: "/r".into() };
+        let told = crate::with_step(image("a"), origin, &KeptDisk::default(), 7);
+        assert_eq!(first.digest, store(&data, &Image { format: Image::FORMAT, ..told }).digest);
+        let history = show(&data, "a").unwrap().0.history;
+        assert_eq!((history.len(), history[0].when_s), (1, 7));
         assert_ne!(first.digest, store(&data, &Image { init: "/bin/sh".into(), ..image("a") }).digest);
         assert_eq!(show(&data, "a").unwrap().0.init, "/bin/sh");
     }

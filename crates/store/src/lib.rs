@@ -6,6 +6,7 @@ pub mod chunk;
 pub mod chunk_store;
 pub mod cut;
 pub mod disk;
+pub mod hold;
 mod ids;
 pub mod map;
 pub mod meta;

@@ -6,6 +6,7 @@
 
 mod bad_input;
 mod documents;
+mod image_travels;
 mod images;
 mod kills;
 mod lab;

@@ -7,6 +7,7 @@ use axum::{
 };
 use burgeon_api::{
     ByteSize, Error,
+    differences::DiffImage,
     http::{BuildImage, ExportImage, ImportImage, Progress},
     image::ImageView,
 };
@@ -19,7 +20,7 @@ use crate::state::{Busy, Shared, blocking};
 pub(super) fn add(routes: &mut Routes) {
     let (one, many, progress) =
         (routes.schema::<ImageView>(), routes.schema::<Vec<ImageView>>(), routes.schema::<Progress>());
-    let export_body = routes.schema::<ExportImage>();
+    let (export_body, diff_body) = (routes.schema::<ExportImage>(), routes.schema::<DiffImage>());
     let (build_body, import_body) = (routes.schema::<BuildImage>(), routes.schema::<ImportImage>());
     routes.add("get", "/v1/images", "All images", list).gives(many);
     routes.add("get", "/v1/images/{image}", "One image", show).gives(one);
@@ -37,6 +38,11 @@ pub(super) fn add(routes: &mut Routes) {
     routes
         .add("post", "/v1/images/{image}/export", "Write an image's disk to a raw file", export)
         .takes(export_body)
+        .gives(progress.clone())
+        .kind("application/x-ndjson");
+    routes
+        .add("post", "/v1/images/{image}/diff", "Compare an image with another one", diff)
+        .takes(diff_body)
         .gives(progress.clone())
         .kind("application/x-ndjson");
     routes
@@ -87,6 +93,15 @@ async fn export(
 ) -> Answer<Response> {
     let image = state.image(image).await?;
     Ok(lines(crate::export::export(&state, image, request)?, Busy::new(&state.busy)))
+}
+
+async fn diff(
+    State(state): State<Shared>,
+    Path(image): Path<String>,
+    Json(request): Json<DiffImage>,
+) -> Answer<Response> {
+    let (a, b) = (state.image(image).await?, state.image(request.other.clone()).await?);
+    Ok(lines(crate::differences::differences(&state, a, b, &request)?, Busy::new(&state.busy)))
 }
 
 async fn verify(State(state): State<Shared>, Path(image): Path<String>) -> Answer<Response> {

@@ -91,7 +91,7 @@ impl ChunkStore {
         &self.catalog
     }
 
-    fn now_us(&self) -> u64 {
+    pub(crate) fn now_us(&self) -> u64 {
         (self.source.now_us)()
     }
 
