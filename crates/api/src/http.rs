@@ -124,6 +124,8 @@ pub enum Progress {
     Note(String),
     Image(Box<crate::image::Image>),
     Exported(Exported),
+    Pushed(crate::remote::Moved),
+    Pulled(crate::remote::Moved),
     Differences(Box<crate::differences::Differences>),
     Collected(Collected),
     Checked(Checked),

@@ -19,6 +19,7 @@ pub mod path_text;
 pub mod pipeline;
 pub mod profile;
 pub mod recipe;
+pub mod remote;
 pub mod size;
 pub mod store;
 pub mod vm;

@@ -274,6 +274,31 @@ pub enum ImageCommand {
         #[arg(long, value_name = "PATH")]
         socket: PathBuf,
     },
+    /// Copy an image to a remote; only what is not there is sent
+    ///
+    /// A remote is /DIRECTORY, file:///DIRECTORY or s3://BUCKET/PREFIX. For s3, AWS_ACCESS_KEY_ID and
+    /// AWS_SECRET_ACCESS_KEY hold the keys, AWS_REGION the region, AWS_ENDPOINT_URL the address of a server that is not
+    /// Amazon's, and AWS_CA_BUNDLE a file of certificates to trust.
+    Push { image: String, remote: String },
+    /// Copy an image from a remote; only what is not here is read, and all of it verified
+    ///
+    /// Remotes are named as for push.
+    Pull {
+        remote: String,
+        image: String,
+        /// The version to copy, by its digest; without it, the latest
+        #[arg(long)]
+        digest: Option<String>,
+    },
+    /// List the images of a remote
+    ///
+    /// Remotes are named as for push.
+    Remote {
+        remote: String,
+        /// Print names only
+        #[arg(long, short)]
+        quiet: bool,
+    },
     /// Read all of an image and compare it with its names
     Verify { image: String },
     /// List images

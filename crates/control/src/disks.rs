@@ -14,11 +14,13 @@ use std::{
 use burgeon_api::{Error, ErrorKind, Result};
 use burgeon_image::{DataPaths, DiskStore, KeptDisk, Stored};
 use burgeon_store::{
+    ChunkId,
     catalog::NewRoot,
     chunk_store::{ChunkStore, Source, Writer, ingest},
     cut::Cutter,
     hold,
     map::Map,
+    remote::held_bytes,
 };
 
 /// Roots of images' disks.
@@ -37,6 +39,19 @@ pub(crate) fn now_us() -> u64 {
 pub(crate) fn open(directory: &Path) -> Result<Arc<ChunkStore>> {
     let uuid = || *burgeon_api::VmId::generate().uuid().as_bytes();
     ChunkStore::open(directory, Source { now_us: Arc::new(now_us), uuid: Arc::new(uuid) })
+}
+
+/// The root that keeps the disk of an image.
+pub(crate) fn root(image: &str, map: ChunkId) -> NewRoot {
+    NewRoot {
+        kind: ROOT_KIND.into(),
+        name: format!("{image}/{map}"),
+        expected: None,
+        map,
+        relied: Vec::new(),
+        expires_us: None,
+        note: String::new(),
+    }
 }
 
 /// Takes the disks of new images.
@@ -82,16 +97,7 @@ impl DiskStore for Keeper<'_> {
             .map_err(|error| if (self.cancelled)() { Error::new(ErrorKind::Cancelled, "cancelled") } else { error })?;
         let space = map.map;
         let map = space.root();
-        let root = NewRoot {
-            kind: ROOT_KIND.into(),
-            name: format!("{image}/{map}"),
-            expected: None,
-            map,
-            relied: Vec::new(),
-            expires_us: None,
-            note: String::new(),
-        };
-        let written = writer.finish(root)?;
+        let written = writer.finish(root(image, map))?;
         tracing::info!(
             image,
             bytes = written.bytes,
@@ -102,21 +108,6 @@ impl DiskStore for Keeper<'_> {
         let bytes = held_bytes(self.store, &space)?;
         Ok(KeptDisk { map: map.to_string(), bytes, new_bytes: written.new_bytes })
     }
-}
-
-/// Bytes of a map that stand in chunks.
-fn held_bytes(store: &ChunkStore, map: &Map) -> Result<u64> {
-    let mut held = 0;
-    let mut at = 0;
-    while at < map.length() {
-        // A piece takes more memory than its name: a large disk is not looked at in one.
-        let end = (at + (1 << 30)).min(map.length());
-        let pieces = map.lookup(store, at..end)?;
-        let data = pieces.iter().filter(|piece| piece.source.is_some());
-        held += data.map(|piece| piece.range.end - piece.range.start).sum::<u64>();
-        at = end;
-    }
-    Ok(held)
 }
 
 /// Removes the roots that no image names any more. What only they kept is collected later.

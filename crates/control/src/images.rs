@@ -78,7 +78,7 @@ fn tools() -> Tools {
 }
 
 /// Lets go of disks that images had before. What stays is tried again before the next collection.
-fn let_go(state: &Shared) {
+pub(crate) fn let_go(state: &Shared) {
     if let Err(error) = Handle::current().block_on(disks::let_go(&state.store, &state.data_paths())) {
         tracing::warn!(%error, "disks of former images are kept for now");
     }

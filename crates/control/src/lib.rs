@@ -13,6 +13,7 @@ mod host_client;
 mod images;
 mod pipelines;
 mod reconcile;
+mod remotes;
 mod state;
 mod store;
 mod transport;

@@ -54,5 +54,5 @@ pub use import::{ImportRequest, import};
 pub use initramfs::compose_initramfs;
 pub use process::Tools;
 pub use qcow2::{HEAD as QCOW2_HEAD, check as check_qcow2};
-pub use store::{DiskStore, KeptDisk, Stored, list, remove, show};
+pub use store::{DiskStore, KeptDisk, Stored, list, receive, remove, show};
 pub use work::DataPaths;

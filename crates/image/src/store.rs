@@ -93,6 +93,12 @@ pub fn show(data: &DataPaths, image: &str) -> Result<(Image, PathBuf)> {
     if found.name != image {
         return Err(damaged(format!("it says that its name is {}", found.name)));
     }
+    check_files(&found, &directory, &damaged)?;
+    Ok((found, directory))
+}
+
+/// Checks that the files that an image needs lie in its directory, at their full size.
+fn check_files(found: &Image, directory: &Path, damaged: &dyn Fn(String) -> Error) -> Result<()> {
     let check = |file: &str, start: &[u8], size: Option<u64>| -> Result<()> {
         let read = || -> io::Result<(u64, Vec<u8>)> {
             let mut handle = fs::File::open(directory.join(file))?;
@@ -114,7 +120,24 @@ pub fn show(data: &DataPaths, image: &str) -> Result<(Image, PathBuf)> {
     if let Some(size) = found.disk.filter(|_| found.map.is_none()) {
         check(Image::DISK, b"", Some(size.0))?;
     }
-    Ok((found, directory))
+    Ok(())
+}
+
+/// Takes an image that was made elsewhere: `fill` puts its files into a directory, sets the root of its disk and says
+/// what it is. It appears under its name in one step, in place of the image of that name. Where something fails,
+/// nothing of it stays in `images/`.
+///
+/// # Errors
+/// Those of `fill`; `Damaged` where the files are not those of such an image.
+pub fn receive(data: &DataPaths, fill: &mut dyn FnMut(&Path) -> Result<Image>) -> Result<Image> {
+    let work = work::WorkDirectory::create(&data.temporary)?;
+    let directory = work.path().join("image");
+    fs::create_dir(&directory).map_err(|error| Error::io("cannot create the image's directory", &error))?;
+    let image = fill(&directory)?;
+    name::check("image", &image.name)?;
+    check_files(&image, &directory, &|why| Error::damaged(format!("image {} is broken: {why}", image.name)))?;
+    publish(data, &image, &directory)?;
+    Ok(image)
 }
 
 /// Removes an image, a broken one too.

@@ -69,6 +69,12 @@ impl Hold {
         Hold { store: store.clone(), purpose, name: root.name.clone(), map: root.map }
     }
 
+    /// The map that is kept.
+    #[must_use]
+    pub fn map(&self) -> ChunkId {
+        self.map
+    }
+
     /// Keeps for another [`TERM`].
     ///
     /// # Errors

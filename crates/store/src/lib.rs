@@ -12,6 +12,8 @@ pub mod map;
 pub mod meta;
 pub mod objects;
 pub mod pack;
+#[cfg(feature = "s3")]
+pub mod remote;
 mod schema;
 pub mod sql;
 #[cfg(test)]

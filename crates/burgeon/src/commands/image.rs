@@ -42,6 +42,11 @@ pub(super) async fn run(context: &Context, command: ImageCommand) -> Result<u8> 
         ImageCommand::Show { image } => show(context, &image).await,
         ImageCommand::Diff { a, b, extents } => diff(context, &a, b, extents).await,
         ImageCommand::Serve { image, socket } => super::image_serve::serve(context, &image, &socket).await,
+        ImageCommand::Push { image, remote } => super::image_remote::push(context, &image, &remote).await,
+        ImageCommand::Pull { remote, image, digest } => {
+            super::image_remote::pull(context, &remote, image, digest).await
+        }
+        ImageCommand::Remote { remote, quiet } => super::image_remote::list(context, &remote, quiet).await,
         ImageCommand::History { image } => history(context, &image).await,
         ImageCommand::Rm { images } => {
             let client = context.client()?;

@@ -6,6 +6,7 @@ mod copy;
 mod doctor;
 mod exec;
 mod image;
+mod image_remote;
 mod image_serve;
 mod pipeline;
 mod serve;

@@ -10,6 +10,7 @@ use burgeon_api::{
     differences::DiffImage,
     http::{BuildImage, ExportImage, ImportImage, Progress},
     image::ImageView,
+    remote::{ListRemote, PullImage, PushImage, RemoteImage},
 };
 
 use burgeon_image::Stored;
@@ -40,6 +41,19 @@ pub(super) fn add(routes: &mut Routes) {
         .takes(export_body)
         .gives(progress.clone())
         .kind("application/x-ndjson");
+    let (push_body, pull_body) = (routes.schema::<PushImage>(), routes.schema::<PullImage>());
+    let (remote_body, remote_images) = (routes.schema::<ListRemote>(), routes.schema::<Vec<RemoteImage>>());
+    routes
+        .add("post", "/v1/images/{image}/push", "Copy an image to a remote; only what is not there is sent", push)
+        .takes(push_body)
+        .gives(progress.clone())
+        .kind("application/x-ndjson");
+    routes
+        .add("post", "/v1/images/pull", "Copy an image from a remote; only what is not here is read", pull)
+        .takes(pull_body)
+        .gives(progress.clone())
+        .kind("application/x-ndjson");
+    routes.add("post", "/v1/images/remote", "The images of a remote", remote).takes(remote_body).gives(remote_images);
     routes
         .add("post", "/v1/images/{image}/diff", "Compare an image with another one", diff)
         .takes(diff_body)
@@ -102,6 +116,24 @@ async fn diff(
 ) -> Answer<Response> {
     let (a, b) = (state.image(image).await?, state.image(request.other.clone()).await?);
     Ok(lines(crate::differences::differences(&state, a, b, &request)?, Busy::new(&state.busy)))
+}
+
+async fn push(
+    State(state): State<Shared>,
+    Path(image): Path<String>,
+    Json(request): Json<PushImage>,
+) -> Answer<Response> {
+    let image = state.image(image).await?;
+    Ok(lines(crate::remotes::push(&state, image, request)?, Busy::new(&state.busy)))
+}
+
+async fn pull(State(state): State<Shared>, Json(request): Json<PullImage>) -> Answer<Response> {
+    burgeon_api::name::check("image", &request.name)?;
+    Ok(lines(crate::remotes::pull(&state, request), Busy::new(&state.busy)))
+}
+
+async fn remote(Json(request): Json<ListRemote>) -> Answer<Json<Vec<RemoteImage>>> {
+    Ok(Json(crate::remotes::list(request.remote).await?))
 }
 
 async fn verify(State(state): State<Shared>, Path(image): Path<String>) -> Answer<Response> {

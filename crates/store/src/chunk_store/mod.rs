@@ -8,6 +8,7 @@ mod collect;
 mod flights;
 mod fsck;
 mod ingest;
+mod records;
 mod repack;
 mod scrub;
 mod writer;
@@ -57,14 +58,14 @@ pub type Watch<'a> = dyn FnMut(&'static str, u64, u64) -> Result<()> + 'a;
 pub struct ChunkStore {
     catalog: Catalog,
     objects: Directory,
-    source: Source,
+    pub(crate) source: Source,
     cache: Mutex<Cache<ChunkId, Bytes>>,
     packs: Mutex<Cache<PackId, Arc<OpenObject>>>,
     flights: Flights,
 }
 
 /// The name of a pack's object. Two digits spread the packs over folders.
-fn object_name(pack: PackId) -> String {
+pub(crate) fn object_name(pack: PackId) -> String {
     format!("packs/{:02x}/{pack}.pack", pack.0[15])
 }
 
