@@ -144,3 +144,57 @@ fn an_image_is_served_to_other_programs_and_kept_meanwhile() {
     assert!(!Path::new(&socket).exists());
     until("the chunks are let go of", || roots(&lab, "served") == 0);
 }
+
+#[test]
+fn images_are_pushed_and_pulled() {
+    let (here, there) = (Lab::new(&["tiny"]), Lab::new(&[]));
+    import(&here, "a", &disk());
+    let remote = here.path("remote");
+    let remote = remote.to_str().unwrap();
+    let first = here.json(&["image", "push", "a", remote]);
+    assert_eq!(first["new_chunks"], first["chunks"], "{first}");
+    let again = here.run(&["image", "push", "a", &format!("file://{remote}")]).good();
+    assert!(again.stderr.contains("; 0 new, 0 B, 0 B sent"), "{again:?}");
+    here.json(&["image", "push", "tiny", remote]);
+
+    let listed = there.json(&["image", "remote", remote]);
+    assert_eq!((listed[0]["name"].as_str(), listed[1]["name"].as_str()), (Some("a"), Some("tiny")), "{listed}");
+    assert_eq!(there.run(&["image", "remote", "-q", remote]).good().stdout, "a\ntiny\n");
+    let pulled = there.json(&["image", "pull", remote, "a"]);
+    assert_eq!((&pulled["new_chunks"], &pulled["image"]["digest"]), (&first["chunks"], &listed[0]["digest"]));
+    let steps = there.json(&["image", "history", "a"]);
+    assert_eq!(steps.as_array().unwrap().len(), 2, "{steps}");
+    assert_eq!(steps[1]["origin"]["pulled"]["remote"], remote);
+    there.run(&["image", "verify", "a"]).good();
+    for (lab, file) in [(&here, "here.raw"), (&there, "there.raw")] {
+        lab.run(&["image", "export", "a", here.path(file).to_str().unwrap()]).good();
+    }
+    assert!(fs::read(here.path("here.raw")).unwrap() == fs::read(here.path("there.raw")).unwrap());
+    let once = there.run(&["image", "pull", remote, "a"]).good();
+    assert!(once.stderr.contains("is here already"), "{once:?}");
+
+    // Files beside the disk arrive as they were, and a VM starts from them.
+    there.run(&["image", "pull", remote, "tiny"]).good();
+    for file in ["vmlinuz", "initramfs.cpio"] {
+        let of = |lab: &Lab| fs::read(lab.data().join("images/tiny").join(file)).unwrap();
+        assert!(of(&here) == of(&there), "{file}");
+    }
+    there.vm("tiny", "t", "tiny");
+    assert_eq!(there.run(&["exec", "t", "--", "echo", "up"]).good().stdout, "up\n");
+
+    for (words, told) in [
+        (["pull", remote, "b"], "there is no image b"),
+        (["pull", "s3://bucket/x", "a"], "AWS_ACCESS_KEY_ID"),
+        (["pull", "ftp://x", "a"], "s3://BUCKET/PREFIX"),
+        (["push", "a", "/proc/self"], "error"),
+    ] {
+        let mut command = there.command(&[&["image"], &words[..]].concat());
+        let refused = finish(command.env_remove("AWS_ACCESS_KEY_ID").spawn().unwrap());
+        assert!(
+            refused.code == 1 && refused.stderr.contains(told) && !refused.stderr.contains("panicked"),
+            "{refused:?}"
+        );
+    }
+    let roots = there.json(&["store", "stat"])["roots"].clone();
+    assert_eq!(roots, serde_json::json!({"image": 1}), "nothing is left of what failed");
+}
