@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::ByteSize;
+use crate::{ByteSize, history::Step};
 
 /// How an image starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -15,7 +15,8 @@ pub enum Boot {
     Firmware,
 }
 
-/// `image.json` in an image's directory, beside the files it names. Version 2; version 1 had no `map`.
+/// `image.json` in an image's directory, beside the files it names. Version 3; version 2 had no
+/// `history`, and version 1 no `map` either.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Image {
@@ -43,10 +44,13 @@ pub struct Image {
     pub init: String,
     /// Seconds since 1970, when it was made. Not part of the digest.
     pub created_s: u64,
+    /// What made it, oldest first; empty for images of before version 3. Not part of the digest.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub history: Vec<Step>,
 }
 
 impl Image {
-    pub const FORMAT: u32 = 2;
+    pub const FORMAT: u32 = 3;
     /// The oldest that is still read.
     pub const OLDEST_FORMAT: u32 = 1;
     /// Names of the files beside `image.json`.

@@ -4,10 +4,12 @@
 //! This crate has no input or output and no runtime; everything here is data and its validation.
 #![forbid(unsafe_code)]
 
+pub mod differences;
 pub mod disk;
 pub mod document;
 pub mod error;
 pub mod exec;
+pub mod history;
 pub mod host;
 pub mod http;
 pub mod id;
@@ -18,6 +20,7 @@ pub mod path_text;
 pub mod pipeline;
 pub mod profile;
 pub mod recipe;
+pub mod remote;
 pub mod size;
 pub mod store;
 pub mod vm;

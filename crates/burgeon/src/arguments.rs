@@ -358,12 +358,54 @@ pub enum ImageCommand {
         #[arg(long, short)]
         force: bool,
     },
+    /// Serve an image's disk, read-only, to NBD clients on a unix socket, until Ctrl-C
+    Serve {
+        image: String,
+        /// Path of the socket to make
+        #[arg(long, value_name = "PATH")]
+        socket: PathBuf,
+    },
+    /// Copy an image to a remote; only what is not there is sent
+    ///
+    /// A remote is /DIRECTORY, file:///DIRECTORY or s3://BUCKET/PREFIX. For s3, AWS_ACCESS_KEY_ID and
+    /// AWS_SECRET_ACCESS_KEY hold the keys, AWS_REGION the region, AWS_ENDPOINT_URL the address of a server that is not
+    /// Amazon's, and AWS_CA_BUNDLE a file of certificates to trust.
+    Push { image: String, remote: String },
+    /// Copy an image from a remote; only what is not here is read, and all of it verified
+    ///
+    /// Remotes are named as for push.
+    Pull {
+        remote: String,
+        image: String,
+        /// The version to copy, by its digest; without it, the latest
+        #[arg(long)]
+        digest: Option<String>,
+    },
+    /// List the images of a remote
+    ///
+    /// Remotes are named as for push.
+    Remote {
+        remote: String,
+        /// Print names only
+        #[arg(long, short)]
+        quiet: bool,
+    },
     /// Read all of an image and compare it with its names
     Verify { image: String },
     /// List images
     Ls(ListArguments),
     /// Show everything about an image
     Show { image: String },
+    /// Show what differs between two images
+    Diff {
+        a: String,
+        b: String,
+        /// List the stretches of the disks that differ
+        #[arg(long)]
+        extents: bool,
+    },
+    /// Show what made an image, oldest first
+    History { image: String },
     /// Remove images; VMs made from them go on
     Rm {
         #[arg(required = true)]

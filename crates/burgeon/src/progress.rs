@@ -68,6 +68,9 @@ impl BuildProgress {
             }
             Progress::Image(_)
             | Progress::Exported(_)
+            | Progress::Pushed(_)
+            | Progress::Pulled(_)
+            | Progress::Differences(_)
             | Progress::Collected(_)
             | Progress::Checked(_)
             | Progress::Failed(_) => {}

@@ -12,12 +12,15 @@ use std::{
 };
 
 use burgeon_api::{Error, ErrorKind, Result};
-use burgeon_image::{DataPaths, DiskStore, Stored};
+use burgeon_image::{DataPaths, DiskStore, KeptDisk, Stored};
 use burgeon_store::{
+    ChunkId,
     catalog::NewRoot,
     chunk_store::{ChunkStore, Source, Writer, ingest},
     cut::Cutter,
+    hold,
     map::Map,
+    remote::held_bytes,
 };
 
 /// Roots of images' disks.
@@ -43,6 +46,19 @@ pub(crate) fn open(directory: &Path) -> Result<Arc<ChunkStore>> {
     ChunkStore::open(directory, source())
 }
 
+/// The root that keeps the disk of an image.
+pub(crate) fn root(image: &str, map: ChunkId) -> NewRoot {
+    NewRoot {
+        kind: ROOT_KIND.into(),
+        name: format!("{image}/{map}"),
+        expected: None,
+        map,
+        relied: Vec::new(),
+        expires_us: None,
+        note: String::new(),
+    }
+}
+
 /// Takes the disks of new images.
 pub(crate) struct Keeper<'a> {
     pub(crate) store: &'a ChunkStore,
@@ -63,7 +79,7 @@ impl<R: Read> Read for Cancellable<'_, R> {
 }
 
 impl DiskStore for Keeper<'_> {
-    fn keep(&self, image: &str, disk: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<String> {
+    fn keep(&self, image: &str, disk: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<KeptDisk> {
         let failed = |error: io::Error| Error::io(format!("read {}", disk.display()), &error);
         let file = File::open(disk).map_err(failed)?;
         let total = file.metadata().map_err(failed)?.len();
@@ -84,17 +100,9 @@ impl DiskStore for Keeper<'_> {
         });
         let map = ingested
             .map_err(|error| if (self.cancelled)() { Error::new(ErrorKind::Cancelled, "cancelled") } else { error })?;
-        let map = map.map.root();
-        let root = NewRoot {
-            kind: ROOT_KIND.into(),
-            name: format!("{image}/{map}"),
-            expected: None,
-            map,
-            relied: Vec::new(),
-            expires_us: None,
-            note: String::new(),
-        };
-        let written = writer.finish(root)?;
+        let space = map.map;
+        let map = space.root();
+        let written = writer.finish(root(image, map))?;
         tracing::info!(
             image,
             bytes = written.bytes,
@@ -102,13 +110,15 @@ impl DiskStore for Keeper<'_> {
             stored_bytes = written.new_stored,
             "the image's disk is stored"
         );
-        Ok(map.to_string())
+        let bytes = held_bytes(self.store, &space)?;
+        Ok(KeptDisk { map: map.to_string(), bytes, new_bytes: written.new_bytes })
     }
 }
 
 /// Removes the roots that no image names any more. What only they kept is collected later.
 /// Done before every collection. Answers how many went.
 pub(crate) async fn let_go(store: &ChunkStore, data: &DataPaths) -> Result<u64> {
+    hold::let_go_of_expired(store).await?;
     let mut named = HashSet::new();
     for stored in burgeon_image::list(data)? {
         match stored {

@@ -78,7 +78,7 @@ fn tools() -> Tools {
 }
 
 /// Lets go of disks that images had before. What stays is tried again before the next collection.
-fn let_go(state: &Shared) {
+pub(crate) fn let_go(state: &Shared) {
     if let Err(error) = Handle::current().block_on(disks::let_go(&state.store, &state.data_paths())) {
         tracing::warn!(%error, "disks of former images are kept for now");
     }
@@ -186,6 +186,7 @@ impl HostRunner {
             kernel_parameters,
             init: String::new(),
             created_s: now_s(),
+            history: Vec::new(),
         };
         let profile = Profile { memory: job.memory, cpus: job.cpus, init: Init::None, ..Profile::default() };
         let launch = Launch {

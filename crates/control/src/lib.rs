@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod api;
+mod differences;
 mod disks;
 pub mod exec_client;
 mod export;
@@ -13,6 +14,7 @@ mod images;
 mod pipelines;
 mod rebuild;
 mod reconcile;
+mod remotes;
 mod state;
 mod store;
 mod transport;

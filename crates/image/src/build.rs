@@ -11,6 +11,7 @@ use std::{
 use burgeon_api::{
     Error, Result,
     document::{Document, Part},
+    history::Origin,
     http::Progress,
     image::{Boot, Image},
     recipe::{Kind, Recipe},
@@ -24,7 +25,9 @@ use crate::{
     ext4::Disk,
     files::{self, Added},
     guest::GuestRunner,
-    hash, initramfs,
+    hash,
+    history::with_step,
+    initramfs,
     kernel::{Kernel, Selection},
     lock::{Lock, Locked, Role},
     newc::Archive,
@@ -113,7 +116,9 @@ pub fn build(
     let image = build.run(runner)?;
     limits.check_cancelled()?;
     let image = Image { recipe: digest(&recipe, &files, &lock)?, created_s: request.now_s, ..image };
-    let image = store::keep_disk(disks, image, &build.image_directory(), progress)?;
+    let (image, disk) = store::keep_disk(disks, image, &build.image_directory(), progress)?;
+    let origin = Origin::Built { recipe: document.file.clone(), digest: image.recipe.clone() };
+    let image = with_step(image, origin, &disk, request.now_s);
     limits.check_cancelled()?;
     store::publish(&request.data, &image, &build.image_directory())?;
     Ok(image)
@@ -191,6 +196,7 @@ impl Build<'_> {
             kernel_parameters: self.recipe.kernel_parameters.clone(),
             init: if stays { String::new() } else { self.recipe.init.clone() },
             created_s: 0,
+            history: Vec::new(),
         }
     }
 

@@ -9,6 +9,7 @@ use std::{
 
 use burgeon_api::{
     ByteSize, Error, Result,
+    history::{self, Origin},
     http::Progress,
     image::{Boot, Image},
     name,
@@ -18,6 +19,7 @@ use crate::{
     deb::{id, put_entry},
     ext4::Disk,
     hash,
+    history::with_step,
     process::{self, Limits, Streaming, Tools},
     qcow2,
     room::{self, Bounded},
@@ -32,6 +34,8 @@ const MIB: u64 = 1 << 20;
 const LEAST_DISK: u64 = 64 * MIB;
 /// After so many unpacked bytes the free space is looked at.
 const LOOK: u64 = 64 * MIB;
+/// The longest file whose hash goes into the history: a second of reading.
+const MOST_HASHED: u64 = 1 << 30;
 
 /// What to import.
 #[derive(Clone, Debug)]
@@ -90,9 +94,15 @@ pub fn import(
     let step = |done| progress(Progress::Step { phase: "import".into(), done, total: 2, bytes: false });
     step(0);
     let import = Import { request, tools, limits, work: work.path(), out: &out, progress };
-    let image = match format {
-        Format::Raw => import.raw(&mut file)?,
-        Format::Qcow2 => import.qcow2(&head)?,
+    let sha256 = short_enough(&file).map_err(io)?.then(|| hash::of_file(&request.file)).transpose()?;
+    let told = match format {
+        Format::Raw => history::Format::Raw,
+        Format::Qcow2 => history::Format::Qcow2,
+        Format::Tar | Format::Gzip | Format::Xz | Format::Zstd => history::Format::Tar,
+    };
+    let (image, kernel_of) = match format {
+        Format::Raw => (import.raw(&mut file)?, None),
+        Format::Qcow2 => (import.qcow2(&head)?, None),
         Format::Tar => import.tar(BufReader::new(file))?,
         Format::Gzip => import.tar(flate2::read::MultiGzDecoder::new(BufReader::new(file)))?,
         Format::Xz => import.decompressed(&tools.xz)?,
@@ -101,11 +111,19 @@ pub fn import(
     step(1);
     limits.check_cancelled()?;
     let image = Image { created_s: request.now_s, ..store::sealed(image, &out)? };
-    let image = store::keep_disk(disks, image, &out, progress)?;
+    let (image, disk) = store::keep_disk(disks, image, &out, progress)?;
+    let file = request.file.display().to_string();
+    let origin = Origin::Imported { file, format: told, sha256, kernel_of, container: None };
+    let image = with_step(image, origin, &disk, request.now_s);
     limits.check_cancelled()?;
     store::publish(&request.data, &image, &out)?;
     step(2);
     Ok(image)
+}
+
+/// Whether a file is short enough to be read once more for its hash.
+fn short_enough(file: &File) -> io::Result<bool> {
+    Ok(file.metadata()?.len() <= MOST_HASHED)
 }
 
 fn head(file: &mut File) -> io::Result<Vec<u8>> {
@@ -219,7 +237,7 @@ impl Import<'_> {
         Ok(about["allocated-clusters"].as_u64().unwrap_or(0))
     }
 
-    fn decompressed(&self, tool: &Path) -> Result<Image> {
+    fn decompressed(&self, tool: &Path) -> Result<(Image, Option<String>)> {
         let file = File::open(&self.request.file).map_err(|error| Error::io("cannot open the file", &error))?;
         let mut command = process::command(tool);
         command.args(["--decompress", "--stdout", "--quiet"]).stdin(file);
@@ -235,7 +253,8 @@ impl Import<'_> {
             .with_hint("allow more with --max-size SIZE")
     }
 
-    fn tar(&self, archive: impl Read) -> Result<Image> {
+    /// The image, and the name of the one whose kernel it got.
+    fn tar(&self, archive: impl Read) -> Result<(Image, Option<String>)> {
         let (from, kernel) = self.kernel()?;
         let mut tree = Tree::create(&self.work.join("tree"))?;
         let mut archive = Bounded::new(archive, self.request.max_size);
@@ -247,7 +266,8 @@ impl Import<'_> {
         if archive.over {
             return Err(self.inflated());
         }
-        self.root_file_system(tree, &unpacked?, from, &kernel)
+        let kernel_of = from.name.clone();
+        Ok((self.root_file_system(tree, &unpacked?, from, &kernel)?, Some(kernel_of)))
     }
 
     /// Makes a disk of a root file system and takes the kernel of another image.
@@ -371,6 +391,7 @@ impl Import<'_> {
             kernel_parameters: Vec::new(),
             init: String::new(),
             created_s: 0,
+            history: Vec::new(),
         }
     }
 }

@@ -93,6 +93,12 @@ pub fn show(data: &DataPaths, image: &str) -> Result<(Image, PathBuf)> {
     if found.name != image {
         return Err(damaged(format!("it says that its name is {}", found.name)));
     }
+    check_files(&found, &directory, &damaged)?;
+    Ok((found, directory))
+}
+
+/// Checks that the files that an image needs lie in its directory, at their full size.
+fn check_files(found: &Image, directory: &Path, damaged: &dyn Fn(String) -> Error) -> Result<()> {
     let check = |file: &str, start: &[u8], size: Option<u64>| -> Result<()> {
         let read = || -> io::Result<(u64, Vec<u8>)> {
             let mut handle = fs::File::open(directory.join(file))?;
@@ -114,7 +120,24 @@ pub fn show(data: &DataPaths, image: &str) -> Result<(Image, PathBuf)> {
     if let Some(size) = found.disk.filter(|_| found.map.is_none()) {
         check(Image::DISK, b"", Some(size.0))?;
     }
-    Ok((found, directory))
+    Ok(())
+}
+
+/// Takes an image that was made elsewhere: `fill` puts its files into a directory, sets the root of its disk and says
+/// what it is. It appears under its name in one step, in place of the image of that name. Where something fails,
+/// nothing of it stays in `images/`.
+///
+/// # Errors
+/// Those of `fill`; `Damaged` where the files are not those of such an image.
+pub fn receive(data: &DataPaths, fill: &mut dyn FnMut(&Path) -> Result<Image>) -> Result<Image> {
+    let work = work::WorkDirectory::create(&data.temporary)?;
+    let directory = work.path().join("image");
+    fs::create_dir(&directory).map_err(|error| Error::io("cannot create the image's directory", &error))?;
+    let image = fill(&directory)?;
+    name::check("image", &image.name)?;
+    check_files(&image, &directory, &|why| Error::damaged(format!("image {} is broken: {why}", image.name)))?;
+    publish(data, &image, &directory)?;
+    Ok(image)
 }
 
 /// Removes an image, a broken one too.
@@ -133,8 +156,12 @@ pub fn remove(data: &DataPaths, image: &str) -> Result<()> {
         .map_err(|error| Error::io(format!("cannot remove {}", directory.display()), &error))
 }
 
+/// The version of `image.json` that goes into digests. It stays when the format grows, so that the same image has the
+/// same digest.
+const DIGEST_FORMAT: u32 = 2;
+
 /// The image's metadata with its digest: SHA-256 over the digests of kernel, initramfs and disk,
-/// and over the metadata without the digest itself, the recipe's digest and the time.
+/// and over the metadata without the digest itself, the recipe's digest, the time and the history.
 pub(crate) fn sealed(mut image: Image, directory: &Path) -> Result<Image> {
     let mut hasher = Sha256::new();
     hasher.update(b"burgeon image 1\0");
@@ -146,7 +173,14 @@ pub(crate) fn sealed(mut image: Image, directory: &Path) -> Result<Image> {
     if image.disk.is_some() {
         hasher.update(format!("{} {}\n", Image::DISK, hash::of_disk(&directory.join(Image::DISK))?));
     }
-    let plain = Image { digest: String::new(), recipe: String::new(), created_s: 0, ..image.clone() };
+    let plain = Image {
+        format: DIGEST_FORMAT,
+        digest: String::new(),
+        recipe: String::new(),
+        created_s: 0,
+        history: Vec::new(),
+        ..image.clone()
+    };
     hasher.update(text(&plain)?);
     image.digest = hash::hex(&hasher.finalize());
     Ok(image)
@@ -154,12 +188,22 @@ pub(crate) fn sealed(mut image: Image, directory: &Path) -> Result<Image> {
 
 /// Where disks of images are kept: the store, behind a seam, because this crate knows none.
 pub trait DiskStore: Sync {
-    /// Keeps a disk for the image of that name, and gives the name of its block map. It is kept for as long as an
+    /// Keeps a disk for the image of that name. It is kept for as long as an
     /// image's `image.json` names the map; and at first for an hour, so that there is time to write one.
     ///
     /// # Errors
     /// Those of the store, a full disk among them.
-    fn keep(&self, image: &str, disk: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<String>;
+    fn keep(&self, image: &str, disk: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<KeptDisk>;
+}
+
+/// A disk as it was stored.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct KeptDisk {
+    /// The name of its block map; empty without a disk.
+    pub map: String,
+    /// Bytes that stand in chunks; and bytes of the chunks that were not stored before.
+    pub bytes: u64,
+    pub new_bytes: u64,
 }
 
 /// Moves the image's disk from its directory into the store.
@@ -168,16 +212,16 @@ pub(crate) fn keep_disk(
     image: Image,
     directory: &Path,
     progress: &(dyn Fn(Progress) + Sync),
-) -> Result<Image> {
+) -> Result<(Image, KeptDisk)> {
     if image.disk.is_none() {
-        return Ok(image);
+        return Ok((image, KeptDisk::default()));
     }
     let disk = directory.join(Image::DISK);
-    let map = disks.keep(&image.name, &disk, &mut |done, total| {
+    let kept = disks.keep(&image.name, &disk, &mut |done, total| {
         progress(Progress::Step { phase: "store".into(), done, total, bytes: true });
     })?;
     fs::remove_file(&disk).map_err(|error| Error::io(format!("remove {}", disk.display()), &error))?;
-    Ok(Image { map: Some(map), ..image })
+    Ok((Image { map: Some(kept.map.clone()), ..image }, kept))
 }
 
 /// Writes `image.json` and puts the directory in place of the image of that name.
@@ -215,6 +259,7 @@ pub(crate) mod tests {
             kernel_parameters: Vec::new(),
             init: "/sbin/init".into(),
             created_s: 5,
+            history: Vec::new(),
         }
     }
 
@@ -271,12 +316,17 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_digest_leaves_out_time_and_recipe_only() {
+    fn the_digest_leaves_out_time_recipe_and_history_only() {
         let root = tempfile::tempdir().unwrap();
         let data = data(root.path());
         let first = store(&data, &image("a"));
         let later = store(&data, &Image { created_s: 9, recipe: "x".into(), ..image("a") });
         assert_eq!(first.digest, later.digest);
+        let origin = burgeon_api::history::Origin::Pulled { remote: "/r".into() };
+        let told = crate::with_step(image("a"), origin, &KeptDisk::default(), 7);
+        assert_eq!(first.digest, store(&data, &Image { format: Image::FORMAT, ..told }).digest);
+        let history = show(&data, "a").unwrap().0.history;
+        assert_eq!((history.len(), history[0].when_s), (1, 7));
         assert_ne!(first.digest, store(&data, &Image { init: "/bin/sh".into(), ..image("a") }).digest);
         assert_eq!(show(&data, "a").unwrap().0.init, "/bin/sh");
     }

@@ -6,11 +6,14 @@ pub mod chunk;
 pub mod chunk_store;
 pub mod cut;
 pub mod disk;
+pub mod hold;
 mod ids;
 pub mod map;
 pub mod meta;
 pub mod objects;
 pub mod pack;
+#[cfg(feature = "s3")]
+pub mod remote;
 mod schema;
 pub mod sql;
 #[cfg(test)]

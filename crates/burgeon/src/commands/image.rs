@@ -4,6 +4,8 @@ use std::path::Path;
 
 use burgeon_api::{
     ByteSize, Error, Result,
+    differences::{Chunks, DiffImage, Extent, Fact},
+    history::Step,
     http::{BuildImage, ExportImage, ImportImage, Progress, SourceFile},
     image::{Boot, Image, ImageView},
 };
@@ -38,6 +40,14 @@ pub(super) async fn run(context: &Context, command: ImageCommand) -> Result<u8> 
         }
         ImageCommand::Ls(arguments) => list(context, arguments.quiet).await,
         ImageCommand::Show { image } => show(context, &image).await,
+        ImageCommand::Diff { a, b, extents } => diff(context, &a, b, extents).await,
+        ImageCommand::Serve { image, socket } => super::image_serve::serve(context, &image, &socket).await,
+        ImageCommand::Push { image, remote } => super::image_remote::push(context, &image, &remote).await,
+        ImageCommand::Pull { remote, image, digest } => {
+            super::image_remote::pull(context, &remote, image, digest).await
+        }
+        ImageCommand::Remote { remote, quiet } => super::image_remote::list(context, &remote, quiet).await,
+        ImageCommand::History { image } => history(context, &image).await,
         ImageCommand::Rm { images } => {
             let client = context.client()?;
             for image in images {
@@ -150,5 +160,62 @@ async fn show(context: &Context, image: &str) -> Result<u8> {
         ("stored", view.stored.to_string()),
         ("used by", view.used_by.join(", ")),
     ]);
+    Ok(0)
+}
+
+async fn history(context: &Context, name: &str) -> Result<u8> {
+    let view: ImageView = context.client()?.get(&format!("/v1/images/{}", escape(name))).await?;
+    let image = view.image.ok_or_else(|| Error::damaged(view.problem.unwrap_or_default()))?;
+    if context.json {
+        output::json(&image.history)?;
+        return Ok(0);
+    }
+    if image.history.is_empty() {
+        output::note(&format!("image {name} was made before histories were kept"));
+        return Ok(0);
+    }
+    let now = now_s();
+    let row = |step: &Step| {
+        vec![
+            output::age(now.saturating_sub(step.when_s)),
+            step.origin.told(),
+            step.digest.chars().take(12).collect(),
+            ByteSize(step.bytes).to_string(),
+            ByteSize(step.new_bytes).to_string(),
+            step.burgeon.clone(),
+        ]
+    };
+    output::table(&["age", "step", "digest", "bytes", "new", "burgeon"], image.history.iter().map(row).collect());
+    Ok(0)
+}
+
+async fn diff(context: &Context, a: &str, other: String, extents: bool) -> Result<u8> {
+    let path = format!("/v1/images/{}/diff", escape(a));
+    let lines = context.client()?.lines(&path, Some(&DiffImage { other, extents })).await?;
+    let (Progress::Differences(found), _) = super::store::follow(lines).await? else {
+        return Err(Error::damaged("the server gave a strange answer"));
+    };
+    if context.json {
+        output::json(&found)?;
+        return Ok(0);
+    }
+    let chunks = |chunks: Chunks| format!("{} chunks, {}", chunks.chunks, ByteSize(chunks.bytes));
+    let shared = found.shared_permille;
+    output::pairs(&[
+        ("different bytes", ByteSize(found.different_bytes).to_string()),
+        ("in both", format!("{} ({}.{} % of {})", chunks(found.in_both), shared / 10, shared % 10, found.b.image)),
+        (&format!("only {}", found.a.image), chunks(found.a.only_here)),
+        (&format!("only {}", found.b.image), chunks(found.b.only_here)),
+    ]);
+    if !found.facts.is_empty() {
+        let row = |fact: &Fact| vec![fact.what.clone(), fact.a.clone(), fact.b.clone()];
+        output::print("\n");
+        output::table(&["fact", &found.a.image, &found.b.image], found.facts.iter().map(row).collect());
+    }
+    if let Some(extents) = &found.extents {
+        let row = |extent: &Extent| vec![extent.offset.to_string(), extent.length.to_string()];
+        output::print("\n");
+        output::table(&["offset", "length"], extents.iter().map(row).collect());
+    }
     Ok(0)
 }

@@ -7,6 +7,8 @@ mod disk;
 mod doctor;
 mod exec;
 mod image;
+mod image_remote;
+mod image_serve;
 mod pipeline;
 mod serve;
 mod store;

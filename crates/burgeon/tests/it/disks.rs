@@ -69,7 +69,7 @@ fn disks_come_and_go_grow_and_are_kept() {
     // A clone has what was written, a name and an identity of its own, and no part in what comes after.
     shell(&lab, "one", "echo mine > /root/word; ssh-keygen -A >&2; sync");
     lab.run(&["vm", "clone", "one", "--name", "two"]).good();
-    shell(&lab, "one", "echo other > /root/word");
+    shell(&lab, "one", "echo other > /root/word; sync");
     assert_eq!(shell(&lab, "two", "cat /root/word; hostname"), "mine\ntwo");
     assert!(size("two") > before + (900 << 20));
     let identity = |vm: &str| shell(&lab, vm, "cat /etc/machine-id; ls /etc/ssh/ssh_host_* 2>/dev/null | wc -l");
@@ -84,7 +84,7 @@ fn disks_come_and_go_grow_and_are_kept() {
     lab.run(&["store", "gc"]).good();
     lab.run(&["vm", "start", "one"]).good();
     assert_eq!(shell(&lab, "one", &sum), first);
-    assert_eq!(shell(&lab, "one", "cat /root/word"), "mine");
+    assert_eq!(shell(&lab, "one", "cat /root/word"), "other");
     lab.run(&["vm", "rm", "one"]).good();
     assert_eq!(shell(&lab, "two", "cat /root/word"), "mine");
     let checked = lab.json(&["store", "fsck"]);

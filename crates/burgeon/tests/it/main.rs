@@ -7,6 +7,7 @@
 mod bad_input;
 mod disks;
 mod documents;
+mod image_travels;
 mod images;
 mod kills;
 mod lab;

@@ -7,8 +7,10 @@ use axum::{
 };
 use burgeon_api::{
     ByteSize, Error,
+    differences::DiffImage,
     http::{BuildImage, ExportImage, ImportImage, Progress},
     image::ImageView,
+    remote::{ListRemote, PullImage, PushImage, RemoteImage},
 };
 
 use burgeon_image::Stored;
@@ -19,7 +21,7 @@ use crate::state::{Busy, Shared, blocking};
 pub(super) fn add(routes: &mut Routes) {
     let (one, many, progress) =
         (routes.schema::<ImageView>(), routes.schema::<Vec<ImageView>>(), routes.schema::<Progress>());
-    let export_body = routes.schema::<ExportImage>();
+    let (export_body, diff_body) = (routes.schema::<ExportImage>(), routes.schema::<DiffImage>());
     let (build_body, import_body) = (routes.schema::<BuildImage>(), routes.schema::<ImportImage>());
     routes.add("get", "/v1/images", "All images", list).gives(many);
     routes.add("get", "/v1/images/{image}", "One image", show).gives(one);
@@ -37,6 +39,24 @@ pub(super) fn add(routes: &mut Routes) {
     routes
         .add("post", "/v1/images/{image}/export", "Write an image's disk to a raw file", export)
         .takes(export_body)
+        .gives(progress.clone())
+        .kind("application/x-ndjson");
+    let (push_body, pull_body) = (routes.schema::<PushImage>(), routes.schema::<PullImage>());
+    let (remote_body, remote_images) = (routes.schema::<ListRemote>(), routes.schema::<Vec<RemoteImage>>());
+    routes
+        .add("post", "/v1/images/{image}/push", "Copy an image to a remote; only what is not there is sent", push)
+        .takes(push_body)
+        .gives(progress.clone())
+        .kind("application/x-ndjson");
+    routes
+        .add("post", "/v1/images/pull", "Copy an image from a remote; only what is not here is read", pull)
+        .takes(pull_body)
+        .gives(progress.clone())
+        .kind("application/x-ndjson");
+    routes.add("post", "/v1/images/remote", "The images of a remote", remote).takes(remote_body).gives(remote_images);
+    routes
+        .add("post", "/v1/images/{image}/diff", "Compare an image with another one", diff)
+        .takes(diff_body)
         .gives(progress.clone())
         .kind("application/x-ndjson");
     routes
@@ -87,6 +107,33 @@ async fn export(
 ) -> Answer<Response> {
     let image = state.image(image).await?;
     Ok(lines(crate::export::export(&state, image, request)?, Busy::new(&state.busy)))
+}
+
+async fn diff(
+    State(state): State<Shared>,
+    Path(image): Path<String>,
+    Json(request): Json<DiffImage>,
+) -> Answer<Response> {
+    let (a, b) = (state.image(image).await?, state.image(request.other.clone()).await?);
+    Ok(lines(crate::differences::differences(&state, a, b, &request)?, Busy::new(&state.busy)))
+}
+
+async fn push(
+    State(state): State<Shared>,
+    Path(image): Path<String>,
+    Json(request): Json<PushImage>,
+) -> Answer<Response> {
+    let image = state.image(image).await?;
+    Ok(lines(crate::remotes::push(&state, image, request)?, Busy::new(&state.busy)))
+}
+
+async fn pull(State(state): State<Shared>, Json(request): Json<PullImage>) -> Answer<Response> {
+    burgeon_api::name::check("image", &request.name)?;
+    Ok(lines(crate::remotes::pull(&state, request), Busy::new(&state.busy)))
+}
+
+async fn remote(Json(request): Json<ListRemote>) -> Answer<Json<Vec<RemoteImage>>> {
+    Ok(Json(crate::remotes::list(request.remote).await?))
 }
 
 async fn verify(State(state): State<Shared>, Path(image): Path<String>) -> Answer<Response> {

@@ -50,6 +50,7 @@ impl Desk {
             kernel_parameters: Vec::new(),
             init: String::new(),
             created_s: 0,
+            history: Vec::new(),
         };
         fs::write(image.join(Image::FILE), serde_json::to_vec(&about).unwrap()).unwrap();
         fs::write(image.join(Image::KERNEL), "MZ").unwrap();

@@ -4,6 +4,7 @@ use std::{fs, path::Path};
 
 use burgeon_api::{
     ByteSize, ErrorKind, Result,
+    history::{Format, Origin},
     image::{Boot, Image},
 };
 use burgeon_image::{ImportRequest, import};
@@ -39,6 +40,14 @@ fn disks_are_taken_by_their_contents() {
     assert_eq!((image.boot, image.disk.unwrap().0, image.created_s), (Boot::Firmware, 3 << 20, 5));
     let kept = kept_disk(root.path(), "imported");
     assert!(fs::read(&kept).unwrap() == disk);
+    let step = &image.history[0];
+    let Origin::Imported { file, format: Format::Raw, sha256: Some(hash), kernel_of: None, .. } = &step.origin else {
+        panic!("{step:?}");
+    };
+    let sum = output("sha256sum", &[raw.to_str().unwrap()]);
+    assert!(sum.starts_with(hash.as_str()) && file == raw.to_str().unwrap());
+    assert_eq!((step.when_s, step.bytes, step.new_bytes, &step.digest), (5, 7, 5, &image.digest));
+    assert_eq!(image.history.len(), 1);
     // The same disk by another way has the same digest.
     let qcow2 = root.path().join("json:{odd name");
     let (from, to) = (raw.to_str().unwrap(), root.path().join("q"));
@@ -147,6 +156,9 @@ fn a_root_file_system_boots_with_the_kernel_of_another_image() {
         output("sh", &["-c", &format!("{tool} <{} >{}", tar.display(), packed.display())]);
         let image = imported(&request(&packed, root.path())).unwrap();
         assert_eq!((&image.kernel_release, image.init.as_str()), (&tiny.kernel_release, "/sbin/init"));
+        assert!(
+            matches!(&image.history[0].origin, Origin::Imported { kernel_of: Some(kernel), .. } if kernel == "tiny")
+        );
         digests.push(image.digest);
     }
     digests.dedup();

@@ -2,7 +2,7 @@
 
 use std::{env, fs, path::PathBuf, sync::Mutex, time::Instant};
 
-use burgeon_api::{ErrorKind, http::Progress, image::Image};
+use burgeon_api::{ErrorKind, history::Origin, http::Progress, image::Image};
 use burgeon_image::{BuildRequest, build, show};
 
 use crate::{
@@ -26,6 +26,9 @@ fn an_initramfs_is_reproducible_and_built_once() {
     request.force = true;
     let again = built(&request, &Nothing).unwrap();
     assert_eq!((again.created_s, &again.digest), (77, &first.digest));
+    assert_eq!((first.history.len(), again.history.len(), again.history[0].when_s), (1, 1, 77));
+    let built_from = Origin::Built { recipe: request.document.file.clone(), digest: first.recipe.clone() };
+    assert_eq!(again.history[0].origin, built_from);
     assert!(bytes == files(root.path()), "two builds differ");
     request.force = false;
     request.document.text.push_str("mode = \"0700\"\n".replace("mode", "#").as_str());

@@ -7,7 +7,7 @@ use std::{
 };
 
 use burgeon_api::{Result, document::Document, image::Image};
-use burgeon_image::{BuildRequest, DataPaths, DiskStore, GuestJob, GuestOutput, GuestRunner, Tools, build};
+use burgeon_image::{BuildRequest, DataPaths, DiskStore, GuestJob, GuestOutput, GuestRunner, KeptDisk, Tools, build};
 
 /// The recipes of the project.
 pub(crate) fn images() -> PathBuf {
@@ -80,13 +80,13 @@ pub(crate) fn is_empty(directory: &Path) -> bool {
 pub(crate) struct Kept<'a>(pub(crate) &'a DataPaths);
 
 impl DiskStore for Kept<'_> {
-    fn keep(&self, image: &str, disk: &Path, _: &mut dyn FnMut(u64, u64)) -> Result<String> {
+    fn keep(&self, image: &str, disk: &Path, _: &mut dyn FnMut(u64, u64)) -> Result<KeptDisk> {
         let to = kept_disk(self.0.images.parent().unwrap(), image);
         if to.exists() {
             fs::remove_file(&to).unwrap();
         }
         fs::hard_link(disk, to).unwrap();
-        Ok("map".into())
+        Ok(KeptDisk { map: "map".into(), bytes: 7, new_bytes: 5 })
     }
 }
 

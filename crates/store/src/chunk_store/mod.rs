@@ -10,6 +10,7 @@ mod fsck;
 mod ingest;
 pub mod read_cache;
 mod rebuild;
+mod records;
 mod repack;
 mod scrub;
 mod writer;
@@ -60,7 +61,7 @@ pub type Watch<'a> = dyn FnMut(&'static str, u64, u64) -> Result<()> + 'a;
 pub struct ChunkStore {
     catalog: Catalog,
     objects: Directory,
-    source: Source,
+    pub(crate) source: Source,
     cache: Mutex<Cache<ChunkId, Bytes>>,
     packs: Mutex<Cache<PackId, Arc<OpenObject>>>,
     flights: Flights,
@@ -70,7 +71,7 @@ pub struct ChunkStore {
 const CATALOG: &str = "catalog.db";
 
 /// The name of a pack's object. Two digits spread the packs over folders.
-fn object_name(pack: PackId) -> String {
+pub(crate) fn object_name(pack: PackId) -> String {
     format!("packs/{:02x}/{pack}.pack", pack.0[15])
 }
 
@@ -103,7 +104,7 @@ impl ChunkStore {
         &self.catalog
     }
 
-    fn now_us(&self) -> u64 {
+    pub(crate) fn now_us(&self) -> u64 {
         (self.source.now_us)()
     }
 

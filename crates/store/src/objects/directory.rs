@@ -192,7 +192,7 @@ impl Directory {
         self.path(name).display().to_string()
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.root.join(name)
     }
 
@@ -210,7 +210,7 @@ impl Directory {
     }
 
     /// Writes and syncs a file with a new name. Leaves nothing where that fails.
-    fn write_beside(&self, folder: &Path, bytes: &[u8]) -> io::Result<PathBuf> {
+    pub(super) fn write_beside(&self, folder: &Path, bytes: &[u8]) -> io::Result<PathBuf> {
         let (path, mut file) = loop {
             let number = self.next.fetch_add(1, Ordering::Relaxed);
             let path = folder.join(format!("{UNFINISHED}{}-{number}", std::process::id()));
@@ -296,7 +296,7 @@ impl OpenObject {
 }
 
 /// Makes a folder and those above it that are missing, each durable.
-fn make_folder(folder: &Path) -> io::Result<()> {
+pub(super) fn make_folder(folder: &Path) -> io::Result<()> {
     if folder.as_os_str().is_empty() || folder.is_dir() {
         return Ok(());
     }
@@ -311,7 +311,7 @@ fn make_folder(folder: &Path) -> io::Result<()> {
     sync_folder(if above.as_os_str().is_empty() { Path::new(".") } else { above })
 }
 
-fn sync_folder(folder: &Path) -> io::Result<()> {
+pub(super) fn sync_folder(folder: &Path) -> io::Result<()> {
     File::open(folder)?.sync_all()
 }
 
@@ -328,7 +328,7 @@ fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     }
 }
 
-fn remove_quietly(path: &Path) {
+pub(super) fn remove_quietly(path: &Path) {
     // What stays is removed by `tidy`.
     drop(fs::remove_file(path));
 }

@@ -2,11 +2,13 @@
 //! (packs, manifests) and where: a directory of this machine, or a bucket of an S3 server. Both keep one contract,
 //! which `tests/it/contract.rs` holds them to:
 //!
-//! - a name never changes its bytes: [`Objects::put_new`] does not overwrite;
+//! - a name never changes its bytes: [`Objects::put_new`] does not overwrite, and [`Objects::replace`] is for the few
+//!   that are made to change, by one writer after the other;
 //! - an object is there whole or not at all, and once it was put it is durable;
 //! - deleting what is not there is no error, so that every request can be repeated.
 
 mod directory;
+mod replace;
 #[cfg(feature = "s3")]
 mod s3;
 
@@ -16,6 +18,7 @@ use burgeon_api::{Error, Result};
 use bytes::Bytes;
 
 pub use directory::{Directory, OpenObject};
+pub use replace::Tag;
 #[cfg(feature = "s3")]
 pub use s3::{S3, S3Settings};
 

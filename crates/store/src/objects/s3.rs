@@ -67,7 +67,7 @@ impl fmt::Debug for S3Settings {
 /// A bucket, or a folder of it.
 #[derive(Debug)]
 pub struct S3 {
-    client: AmazonS3,
+    pub(super) client: AmazonS3,
     settings: S3Settings,
 }
 
@@ -236,12 +236,12 @@ impl S3 {
         format!("s3://{}/{}", self.settings.bucket, self.path(name))
     }
 
-    fn path(&self, name: &str) -> Path {
+    pub(super) fn path(&self, name: &str) -> Path {
         let prefix = self.settings.prefix.split('/').filter(|part| !part.is_empty());
         prefix.chain(name.split('/').filter(|part| !part.is_empty())).collect()
     }
 
-    async fn within<T>(
+    pub(super) async fn within<T>(
         &self,
         action: &str,
         name: &str,
@@ -251,14 +251,14 @@ impl S3 {
     }
 
     /// No request goes on for longer than the settings allow, whatever the client below does.
-    async fn deadline<T>(&self, action: &str, name: &str, request: impl Future<Output = T>) -> Result<T> {
+    pub(super) async fn deadline<T>(&self, action: &str, name: &str, request: impl Future<Output = T>) -> Result<T> {
         tokio::time::timeout(self.settings.deadline, request).await.map_err(|_| {
             let seconds = self.settings.deadline.as_secs_f32();
             Error::deadline(format!("{action} {}: no answer within {seconds} s", self.describe(name)))
         })
     }
 
-    fn told(&self, action: &str, name: &str, error: &StoreError) -> Error {
+    pub(super) fn told(&self, action: &str, name: &str, error: &StoreError) -> Error {
         let text = format!("{action} {}: {}", self.describe(name), reason(error));
         let bucket = &self.settings.bucket;
         let refused = |text: String| {
@@ -296,7 +296,7 @@ fn http_kind(error: &StoreError) -> Option<HttpErrorKind> {
 }
 
 /// Whether a server answered that it has no such bucket, rather than no such object.
-fn names_bucket(error: &StoreError) -> bool {
+pub(super) fn names_bucket(error: &StoreError) -> bool {
     names(error, &["NoSuchBucket"])
 }
 

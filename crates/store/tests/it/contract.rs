@@ -18,6 +18,7 @@ pub(crate) enum Creates {
 pub(crate) async fn keeps(objects: &Objects, creates: Creates) {
     stores_and_reads(objects).await;
     never_overwrites(objects).await;
+    replaces_what_was_read(objects).await;
     lists_by_folder(objects).await;
     one_of_many_writers_wins(objects, creates).await;
     refuses_names(objects).await;
@@ -116,4 +117,23 @@ async fn refuses_names(objects: &Objects) {
         assert_eq!(objects.length(name).await.unwrap_err().kind, ErrorKind::Invalid);
         assert_eq!(objects.delete(name).await.unwrap_err().kind, ErrorKind::Invalid);
     }
+}
+
+async fn replaces_what_was_read(objects: &Objects) {
+    assert!(objects.read("replaced/one", 100).await.unwrap().is_none());
+    objects.replace("replaced/one", bytes(10, 1), None).await.unwrap();
+    // The answer was lost.
+    objects.replace("replaced/one", bytes(10, 1), None).await.unwrap();
+    let error = objects.replace("replaced/one", bytes(11, 2), None).await.unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Conflict, "{error}");
+    let (first, tag) = objects.read("replaced/one", 100).await.unwrap().unwrap();
+    assert_eq!(first, bytes(10, 1));
+    objects.replace("replaced/one", bytes(12, 3), Some(tag.clone())).await.unwrap();
+    let error = objects.replace("replaced/one", bytes(13, 4), Some(tag)).await.unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Conflict, "{error}");
+    assert_eq!(objects.read("replaced/one", 12).await.unwrap().unwrap().0, bytes(12, 3));
+    assert_eq!(objects.read("replaced/one", 11).await.unwrap_err().kind, ErrorKind::Damaged);
+    let names: Vec<String> = objects.list("replaced").await.unwrap().into_iter().map(|object| object.name).collect();
+    assert_eq!(names, ["replaced/one"]);
+    objects.delete("replaced/one").await.unwrap();
 }

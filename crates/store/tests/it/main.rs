@@ -5,5 +5,7 @@
 mod contract;
 mod directory;
 #[cfg(feature = "s3")]
+mod remote;
+#[cfg(feature = "s3")]
 mod s3;
 mod sql;

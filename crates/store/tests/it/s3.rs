@@ -17,10 +17,10 @@ use crate::contract::{self, Creates};
 const BUCKET: &str = "burgeon";
 
 /// A server with one bucket, until it is dropped.
-struct Server {
+pub(crate) struct Server {
     process: Child,
-    port: u16,
-    root: tempfile::TempDir,
+    pub(crate) port: u16,
+    pub(crate) root: tempfile::TempDir,
 }
 
 /// The program: of the environment, or where `./x test` puts it, below the target directory of this test.
@@ -42,7 +42,7 @@ fn free_port() -> u16 {
 }
 
 impl Server {
-    fn start() -> Server {
+    pub(crate) fn start() -> Server {
         let root = tempfile::tempdir().unwrap();
         std::fs::create_dir(root.path().join(BUCKET)).unwrap();
         // Somebody else may take the port before the server does; then it ends, and another port is tried.

@@ -1,0 +1,111 @@
+//! Holds: roots for as long as something goes on, such as a copy to another place. A hold is let go of when it is dropped;
+//! one whose process died is let go of once its time is over, by [`let_go_of_expired`] before a collection.
+
+use std::{sync::Arc, time::Duration};
+
+use burgeon_api::Result;
+
+use crate::{ChunkId, catalog::NewRoot, chunk_store::ChunkStore};
+
+/// What a hold is for; each is a kind of roots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// An image's disk is served to others.
+    Served,
+    /// An image is copied to a remote.
+    Pushed,
+}
+
+impl Purpose {
+    const ALL: [Purpose; 2] = [Purpose::Served, Purpose::Pushed];
+
+    fn kind(self) -> &'static str {
+        match self {
+            Purpose::Served => "served",
+            Purpose::Pushed => "pushed",
+        }
+    }
+}
+
+/// For how long a hold keeps without being renewed.
+pub const TERM: Duration = Duration::from_secs(24 * 3600);
+
+/// Keeps what a map leads to. See the module. Calls block.
+pub struct Hold {
+    store: Arc<ChunkStore>,
+    purpose: Purpose,
+    name: String,
+    map: ChunkId,
+}
+
+impl Hold {
+    /// Takes a map that a root keeps already. The name is one that nobody else uses.
+    ///
+    /// # Errors
+    /// `Conflict` where nothing keeps the map any more; the catalog's.
+    pub fn share(store: &Arc<ChunkStore>, purpose: Purpose, name: String, map: ChunkId) -> Result<Hold> {
+        let hold = Hold { store: store.clone(), purpose, name, map };
+        hold.renew()?;
+        Ok(hold)
+    }
+
+    /// The root that [`crate::chunk_store::Writer::finish`] sets over what it has stored; then [`Self::of`] takes it.
+    #[must_use]
+    pub fn root(store: &ChunkStore, purpose: Purpose, name: String, map: ChunkId) -> NewRoot {
+        NewRoot {
+            kind: purpose.kind().into(),
+            name,
+            expected: None,
+            map,
+            relied: Vec::new(),
+            expires_us: Some(store.now_us() + u64::try_from(TERM.as_micros()).unwrap_or(u64::MAX)),
+            note: String::new(),
+        }
+    }
+
+    /// The hold whose root has just been set.
+    #[must_use]
+    pub fn of(store: &Arc<ChunkStore>, purpose: Purpose, root: &NewRoot) -> Hold {
+        Hold { store: store.clone(), purpose, name: root.name.clone(), map: root.map }
+    }
+
+    /// The map that is kept.
+    #[must_use]
+    pub fn map(&self) -> ChunkId {
+        self.map
+    }
+
+    /// Keeps for another [`TERM`].
+    ///
+    /// # Errors
+    /// As [`Self::share`].
+    pub fn renew(&self) -> Result<()> {
+        let root = Hold::root(&self.store, self.purpose, self.name.clone(), self.map);
+        self.store.catalog().blocking_share_root(root, self.store.now_us())
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let removed = self.store.catalog().blocking_remove_root(self.purpose.kind(), &self.name, Some(self.map));
+        if let Err(error) = removed {
+            tracing::warn!(kind = self.purpose.kind(), name = self.name, %error, "chunks are held for a day longer");
+        }
+    }
+}
+
+/// Removes the roots of holds whose time is over.
+///
+/// # Errors
+/// The catalog's.
+pub async fn let_go_of_expired(store: &ChunkStore) -> Result<()> {
+    let catalog = store.catalog();
+    for purpose in Purpose::ALL {
+        for root in catalog.roots(Some(purpose.kind())).await? {
+            if root.expires_us.is_some_and(|expires_us| expires_us < store.now_us()) {
+                catalog.remove_root(purpose.kind(), &root.name, Some(root.map)).await?;
+            }
+        }
+    }
+    Ok(())
+}
