@@ -90,6 +90,9 @@ pub struct ImportImage {
     /// The largest disk that may come of it.
     #[serde(default = "default_max_size")]
     pub max_size: ByteSize,
+    /// For an OCI image layout: which of its images, such as `linux/amd64`, which it is without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub platform: Option<String>,
 }
 
 fn default_max_size() -> ByteSize {

@@ -342,13 +342,17 @@ pub enum ImageCommand {
         #[arg(long)]
         force: bool,
     },
-    /// Make an image of a raw, qcow2 or tar file
+    /// Make an image of a raw, qcow2 or tar file, or of an OCI image layout
     Import {
+        /// A file; for an OCI image layout, its directory or a tar of it
         file: PathBuf,
         name: String,
         /// The largest disk that may come of it
         #[arg(long, value_name = "SIZE", default_value = "256G")]
         max_size: ByteSize,
+        /// Which image of an OCI layout; linux/amd64 unless it is given
+        #[arg(long, value_name = "OS/ARCH")]
+        platform: Option<String>,
     },
     /// Write an image's disk to a raw file with holes
     Export {

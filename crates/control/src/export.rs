@@ -54,7 +54,7 @@ pub(crate) fn export(state: &Shared, image: Image, request: ExportImage) -> Resu
     Ok(images::run(state, move |state, tell, cancelled| {
         let source = source(state, &image)?;
         let mut unfinished = directory.join(".burgeon-").into_os_string();
-        unfinished.push(burgeon_api::VmId::generate().short().to_string());
+        unfinished.push(burgeon_api::VmId::generate().short());
         unfinished.push("-");
         unfinished.push(&name);
         let unfinished = Unfinished(PathBuf::from(unfinished));

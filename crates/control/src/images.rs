@@ -63,6 +63,7 @@ pub(crate) fn import(state: &Shared, request: ImportImage) -> mpsc::Receiver<Pro
             kernel_of: None,
             size: None,
             max_size: request.max_size,
+            platform: request.platform,
             data: state.data_paths(),
             now_s: now_s(),
         };

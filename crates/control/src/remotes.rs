@@ -10,7 +10,7 @@ use burgeon_api::{
     remote::{self, Moved, PullImage, PushImage, RemoteImage},
 };
 use burgeon_image::KeptDisk;
-use burgeon_store::remote::{Pulled, Pushed, Remote, pull as fetch, push as send};
+use burgeon_store::remote::{PHASES_IN_BYTES, Pulled, Pushed, Remote, pull as fetch, push as send};
 use tokio::{runtime::Handle, sync::mpsc};
 
 use crate::{
@@ -29,7 +29,7 @@ pub(crate) fn push(state: &Shared, image: Image, request: PushImage) -> Result<m
         let remote = Remote::create(&request.remote, Handle::current())?;
         let directory = state.layout.image(&image.name);
         let hold = format!("{}/{}", image.name, VmId::generate());
-        let pushed = send(&state.store, &remote, &image, &directory, &hold, &mut watch(true, tell, cancelled))?;
+        let pushed = send(&state.store, &remote, &image, &directory, &hold, &mut told(tell, cancelled))?;
         let Pushed { chunks, bytes, new_chunks, new_bytes, sent_bytes } = pushed;
         tracing::info!(image = image.name, remote = remote.url(), ?pushed, "an image is pushed");
         Ok(Progress::Pushed(Moved {
@@ -58,7 +58,7 @@ pub(crate) fn pull(state: &Shared, request: PullImage) -> mpsc::Receiver<Progres
             tell(Progress::Note(format!("image {} is here already", image.name)));
             return Ok(Progress::Pulled(moved(image, url, Pulled::default())));
         }
-        let mut watch = watch(true, tell, cancelled);
+        let mut watch = told(tell, cancelled);
         let mut pulled = Pulled::default();
         let image = burgeon_image::receive(&data, &mut |directory| {
             let mut write = |stored: &burgeon_store::remote::StoredFile, reader: &mut dyn io::Read| {
@@ -81,6 +81,17 @@ pub(crate) fn pull(state: &Shared, request: PullImage) -> mpsc::Receiver<Progres
         tracing::info!(image = image.name, remote = url, ?pulled, "an image is pulled");
         Ok(Progress::Pulled(moved(image, url, pulled)))
     })
+}
+
+/// Tells the progress of copies: some phases count bytes, the others things.
+fn told<'a>(
+    tell: &'a (dyn Fn(Progress) + Sync),
+    cancelled: &'a (dyn Fn() -> bool + Sync),
+) -> impl FnMut(&'static str, u64, u64) -> Result<()> + 'a {
+    let (mut sized, mut counted) = (watch(true, tell, cancelled), watch(false, tell, cancelled));
+    move |phase, done, total| {
+        if PHASES_IN_BYTES.contains(&phase) { sized(phase, done, total) } else { counted(phase, done, total) }
+    }
 }
 
 fn moved(image: Image, remote: String, pulled: Pulled) -> Moved {

@@ -1,4 +1,7 @@
-//! Images from files made elsewhere: disks as they are, and root file systems as tar.
+//! Images from files made elsewhere: disks as they are, and root file systems as tar or as OCI images.
+
+mod layers;
+mod layout;
 
 use std::{
     fs::{self, File},
@@ -9,7 +12,7 @@ use std::{
 
 use burgeon_api::{
     ByteSize, Error, Result,
-    history::{self, Origin},
+    history::{self, Container, Origin},
     http::Progress,
     image::{Boot, Image},
     name,
@@ -28,6 +31,8 @@ use crate::{
     work::{DataPaths, WorkDirectory},
 };
 
+use self::{layers::Layer, layout::Layout};
+
 const CONVERT_DEADLINE: Duration = Duration::from_secs(3600);
 const MIB: u64 = 1 << 20;
 /// As for a recipe: a smaller ext4 has no room for its journal.
@@ -41,7 +46,8 @@ const MOST_HASHED: u64 = 1 << 30;
 #[derive(Clone, Debug)]
 pub struct ImportRequest {
     /// A raw or qcow2 disk that firmware can start, or a root file system as tar, which may be
-    /// compressed by gzip, xz or zstd. What it is, is told by its contents.
+    /// compressed by gzip, xz or zstd; or an OCI image layout, as a directory or a tar. What it is, is told by its
+    /// contents.
     pub file: PathBuf,
     pub name: String,
     pub description: String,
@@ -51,6 +57,8 @@ pub struct ImportRequest {
     pub size: Option<ByteSize>,
     /// The largest disk that may come of it.
     pub max_size: ByteSize,
+    /// For OCI: which of its images, such as `linux/amd64`, which it is without one.
+    pub platform: Option<String>,
     pub data: DataPaths,
     /// Seconds since 1970, for `Image::created_s`.
     pub now_s: u64,
@@ -63,6 +71,7 @@ enum Format {
     Gzip,
     Xz,
     Zstd,
+    Oci(Layout),
 }
 
 /// Makes an image out of a file. The file itself is only read.
@@ -80,14 +89,28 @@ pub fn import(
     name::check("image", &request.name)?;
     let limits = Limits { deadline: CONVERT_DEADLINE, cancelled };
     let io = |error: io::Error| Error::io(format!("cannot read {}", request.file.display()), &error);
+    let about = fs::metadata(&request.file).map_err(io)?;
     let mut file = File::open(&request.file).map_err(io)?;
-    if !file.metadata().map_err(io)?.is_file() {
+    let (head, format) = if about.is_dir() {
+        let layout = Layout::of_directory(&request.file).ok_or_else(|| {
+            Error::invalid(format!("{} is a directory, and no OCI image layout", request.file.display()))
+                .with_hint(format!("such a layout holds a file {}; import other directories as tar", layout::MARKER))
+        })?;
+        (Vec::new(), Format::Oci(layout))
+    } else if about.is_file() {
+        let head = head(&mut file).map_err(io)?;
+        let format = detect(&head)
+            .ok_or_else(|| Error::invalid(format!("{} is neither a disk nor a tar", request.file.display())))
+            .map_err(|error| error.with_hint("known are raw disks with a boot sector, qcow2, tar, tar.gz, tar.xz, tar.zst and OCI image layouts; others can be converted by qemu-img convert"))?;
+        let layout = matches!(format, Format::Tar).then(|| Layout::of_tar(&request.file));
+        (head, layout.transpose().map_err(io)?.flatten().map_or(format, Format::Oci))
+    } else {
         return Err(Error::invalid(format!("{} is no ordinary file", request.file.display())));
+    };
+    if request.platform.is_some() && !matches!(format, Format::Oci(_)) {
+        return Err(Error::invalid(format!("{} is no OCI image, and so for no platform", request.file.display()))
+            .with_hint("leave out --platform"));
     }
-    let head = head(&mut file).map_err(io)?;
-    let format = detect(&head)
-        .ok_or_else(|| Error::invalid(format!("{} is neither a disk nor a tar", request.file.display())))
-        .map_err(|error| error.with_hint("known are raw disks with a boot sector, qcow2, tar, tar.gz, tar.xz and tar.zst; others can be converted by qemu-img convert"))?;
     let work = WorkDirectory::create(&request.data.temporary)?;
     let out = work.path().join("image");
     fs::create_dir(&out).map_err(|error| Error::io("cannot create the image's directory", &error))?;
@@ -99,7 +122,9 @@ pub fn import(
         Format::Raw => history::Format::Raw,
         Format::Qcow2 => history::Format::Qcow2,
         Format::Tar | Format::Gzip | Format::Xz | Format::Zstd => history::Format::Tar,
+        Format::Oci(_) => history::Format::Oci,
     };
+    let mut container = None;
     let (image, kernel_of) = match format {
         Format::Raw => (import.raw(&mut file)?, None),
         Format::Qcow2 => (import.qcow2(&head)?, None),
@@ -107,13 +132,18 @@ pub fn import(
         Format::Gzip => import.tar(flate2::read::MultiGzDecoder::new(BufReader::new(file)))?,
         Format::Xz => import.decompressed(&tools.xz)?,
         Format::Zstd => import.decompressed(&tools.zstd)?,
+        Format::Oci(layout) => {
+            let (image, kernel_of, about) = import.oci(&layout)?;
+            container = Some(Box::new(about));
+            (image, Some(kernel_of))
+        }
     };
     step(1);
     limits.check_cancelled()?;
     let image = Image { created_s: request.now_s, ..store::sealed(image, &out)? };
     let (image, disk) = store::keep_disk(disks, image, &out, progress)?;
     let file = request.file.display().to_string();
-    let origin = Origin::Imported { file, format: told, sha256, kernel_of, container: None };
+    let origin = Origin::Imported { file, format: told, sha256, kernel_of, container };
     let image = with_step(image, origin, &disk, request.now_s);
     limits.check_cancelled()?;
     store::publish(&request.data, &image, &out)?;
@@ -123,7 +153,8 @@ pub fn import(
 
 /// Whether a file is short enough to be read once more for its hash.
 fn short_enough(file: &File) -> io::Result<bool> {
-    Ok(file.metadata()?.len() <= MOST_HASHED)
+    let about = file.metadata()?;
+    Ok(about.is_file() && about.len() <= MOST_HASHED)
 }
 
 fn head(file: &mut File) -> io::Result<Vec<u8>> {
@@ -258,7 +289,8 @@ impl Import<'_> {
         let (from, kernel) = self.kernel()?;
         let mut tree = Tree::create(&self.work.join("tree"))?;
         let mut archive = Bounded::new(archive, self.request.max_size);
-        let unpacked = self.unpack(&mut tree, &mut archive);
+        let mut contents = Contents { bytes: 0, newest: 0 };
+        let unpacked = self.unpack(&mut tree, &mut archive, &mut contents, None);
         if unpacked.is_ok() {
             // What stands behind the archive's end is nothing, or more than anybody wants: only that matters.
             drop(io::copy(&mut archive, &mut io::sink()));
@@ -267,7 +299,17 @@ impl Import<'_> {
             return Err(self.inflated());
         }
         let kernel_of = from.name.clone();
-        Ok((self.root_file_system(tree, &unpacked?, from, &kernel)?, Some(kernel_of)))
+        unpacked?;
+        Ok((self.root_file_system(tree, &contents, from, &kernel)?, Some(kernel_of)))
+    }
+
+    /// The image, the name of the one whose kernel it got, and what the OCI image says of its programs.
+    fn oci(&self, layout: &Layout) -> Result<(Image, String, Container)> {
+        let (from, kernel) = self.kernel()?;
+        let mut tree = Tree::create(&self.work.join("tree"))?;
+        let (contents, container) = self.layers(layout, &mut tree)?;
+        let kernel_of = from.name.clone();
+        Ok((self.root_file_system(tree, &contents, from, &kernel)?, kernel_of, container))
     }
 
     /// Makes a disk of a root file system and takes the kernel of another image.
@@ -335,10 +377,16 @@ impl Import<'_> {
             })
     }
 
-    fn unpack(&self, tree: &mut Tree, archive: impl Read) -> Result<Contents> {
+    /// Adds what an archive holds to the tree; `layer` is there for archives that lie above others.
+    fn unpack(
+        &self,
+        tree: &mut Tree,
+        archive: impl Read,
+        contents: &mut Contents,
+        mut layer: Option<&mut Layer>,
+    ) -> Result<()> {
         let damaged = |error: io::Error| Error::damaged(format!("the tar cannot be read: {error}"));
         let mut archive = tar::Archive::new(archive);
-        let mut contents = Contents { bytes: 0, newest: 0 };
         let mut unlooked = 0_u64;
         for entry in archive.entries().map_err(damaged)? {
             self.limits.check_cancelled()?;
@@ -362,9 +410,15 @@ impl Import<'_> {
                 room::check_space(bytes, self.work)?;
                 unlooked = 0;
             }
+            if let Some(layer) = &layer
+                && layer.whiteout(tree, &path)?
+            {
+                continue;
+            }
             tree.make_parents(&path)?;
             if header.entry_type().is_dir() {
-                let link = tree.get(&path).is_some_and(|node| matches!(node.kind, Kind::Link(_)));
+                // A plain archive may be of a tree whose links were followed; a layer replaces what is below it.
+                let link = layer.is_none() && tree.get(&path).is_some_and(|node| matches!(node.kind, Kind::Link(_)));
                 if !link {
                     tree.put_directory(&path, meta)?;
                 }
@@ -372,8 +426,11 @@ impl Import<'_> {
                 put_entry(tree, &path, meta, &mut entry)
                     .map_err(|error| error.context(format!("/{}", shown(&path))))?;
             }
+            if let Some(layer) = &mut layer {
+                layer.add(path);
+            }
         }
-        Ok(contents)
+        Ok(())
     }
 
     fn metadata(&self, boot: Boot, disk: u64) -> Image {

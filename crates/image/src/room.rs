@@ -45,6 +45,13 @@ impl<R: Read> Bounded<R> {
     }
 }
 
+impl<R> Bounded<R> {
+    /// Bytes that may still come.
+    pub(crate) fn left(&self) -> u64 {
+        self.left
+    }
+}
+
 impl<R: Read> Read for Bounded<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.inner.read(buffer)?;

@@ -109,3 +109,51 @@ pub async fn let_go_of_expired(store: &ChunkStore) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+    use crate::chunk_store::{Source, Writer};
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_hold_ends_with_its_owner_or_with_its_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let now_us = Arc::new(AtomicU64::new(1_000_000));
+        let clock = now_us.clone();
+        let source = Source { now_us: Arc::new(move || clock.load(Ordering::Relaxed)), uuid: Arc::new(|| [7; 16]) };
+        let store = tokio::task::spawn_blocking({
+            let path = directory.path().to_path_buf();
+            move || {
+                let store = ChunkStore::open(&path, source).unwrap();
+                let mut writer = Writer::new(&store);
+                writer.put(b"kept".to_vec()).unwrap();
+                let map = ChunkId::of(b"kept");
+                assert!(Hold::share(&store, Purpose::Served, "none".into(), map).is_err(), "nothing keeps it yet");
+                let root = Hold::root(&store, Purpose::Pushed, "first".into(), map);
+                writer.finish(root.clone()).unwrap();
+                let first = Hold::of(&store, Purpose::Pushed, &root);
+                let second = Hold::share(&store, Purpose::Served, "second".into(), map).unwrap();
+                assert_eq!(store.catalog().blocking_roots(None).unwrap().len(), 2);
+                drop(first);
+                // Its process dies.
+                std::mem::forget(second);
+                store
+            }
+        })
+        .await
+        .unwrap();
+        let names = async || {
+            let_go_of_expired(&store).await.unwrap();
+            let roots = store.catalog().roots(None).await.unwrap();
+            roots.into_iter().map(|root| root.name).collect::<Vec<String>>()
+        };
+        assert_eq!(names().await, ["second"]);
+        let term_us = u64::try_from(TERM.as_micros()).unwrap();
+        now_us.fetch_add(term_us, Ordering::Relaxed);
+        assert_eq!(names().await, ["second"], "not before its time");
+        now_us.fetch_add(1, Ordering::Relaxed);
+        assert!(names().await.is_empty());
+    }
+}

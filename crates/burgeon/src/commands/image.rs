@@ -24,11 +24,11 @@ pub(super) async fn run(context: &Context, command: ImageCommand) -> Result<u8> 
             let lines = context.client()?.lines("/v1/images/build", Some(&request)).await?;
             follow(context, lines).await
         }
-        ImageCommand::Import { file, name, max_size } => {
+        ImageCommand::Import { file, name, max_size, platform } => {
             let file =
                 std::fs::canonicalize(&file).map_err(|error| Error::io(format!("read {}", file.display()), &error))?;
             let file = file.to_str().ok_or_else(|| Error::invalid("the file's path is not UTF-8"))?.to_string();
-            let request = ImportImage { file, name, max_size };
+            let request = ImportImage { file, name, max_size, platform };
             let lines = context.client()?.lines("/v1/images/import", Some(&request)).await?;
             follow(context, lines).await
         }

@@ -195,6 +195,8 @@ fn images_are_pushed_and_pulled() {
             "{refused:?}"
         );
     }
+    let no_layout = there.run(&["image", "import", ".", "x"]);
+    assert!(no_layout.code == 1 && no_layout.stderr.contains("oci-layout"), "{no_layout:?}");
     let roots = there.json(&["store", "stat"])["roots"].clone();
     assert_eq!(roots, serde_json::json!({"image": 1}), "nothing is left of what failed");
 }

@@ -32,7 +32,12 @@ pub(super) fn add(routes: &mut Routes) {
         .gives(progress.clone())
         .kind("application/x-ndjson");
     routes
-        .add("post", "/v1/images/import", "Make an image of a raw, qcow2 or tar file", import)
+        .add(
+            "post",
+            "/v1/images/import",
+            "Make an image of a raw, qcow2 or tar file, or of an OCI image layout",
+            import,
+        )
         .takes(import_body)
         .gives(progress.clone())
         .kind("application/x-ndjson");

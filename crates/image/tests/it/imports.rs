@@ -19,6 +19,7 @@ fn request(file: &Path, root: &Path) -> ImportRequest {
         kernel_of: None,
         size: None,
         max_size: ByteSize::gib(256),
+        platform: None,
         data: data(root),
         now_s: 5,
     }

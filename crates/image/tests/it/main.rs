@@ -4,6 +4,7 @@
 
 mod disk;
 mod imports;
+mod oci;
 mod recipes;
 mod runner;
 mod support;

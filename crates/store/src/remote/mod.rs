@@ -27,7 +27,7 @@ use bytes::Bytes;
 use tokio::runtime::Handle;
 
 pub use manifest::{Manifest, StoredFile, StoredPack};
-pub use pull::{Pulled, held_bytes, pull};
+pub use pull::{PHASES_IN_BYTES, Pulled, held_bytes, pull};
 pub use push::{Pushed, push};
 
 use self::{
@@ -100,7 +100,11 @@ impl Remote {
                 Ok(Remote { objects: Directory::open(path)?.into(), handle, url })
             }
             Address::S3(settings) => {
-                let s3 = S3::new(*settings)?;
+                let s3 = S3::new(*settings).map_err(|error| match error.hint {
+                    // The settings are the user's environment.
+                    Some(_) => error.with_hint("use TLS, or set AWS_ALLOW_HTTP=true where the network is trusted"),
+                    None => error,
+                })?;
                 handle.block_on(s3.check())?;
                 Ok(Remote { objects: s3.into(), handle, url })
             }

@@ -38,6 +38,9 @@ pub struct Pulled {
     pub held_bytes: u64,
 }
 
+/// The phases of [`super::push`] and [`pull`] whose progress is told in bytes; that of the others is a count.
+pub const PHASES_IN_BYTES: [&str; 3] = ["push", "nodes", "pull"];
+
 /// Copies all that a manifest needs into the store. `file` then gets the image's files one by one; after that the root
 /// `keep` makes of the disk's map is set. Chunks stay at least for the store's grace even without one.
 ///
@@ -112,6 +115,9 @@ pub fn held_bytes(store: &ChunkStore, map: &Map) -> Result<u64> {
     Ok(held)
 }
 
+/// A chunk, and where it lies in the remote.
+type Wanted = (Place, ChunkId);
+
 struct Fetch<'a> {
     store: &'a ChunkStore,
     remote: &'a Remote,
@@ -169,7 +175,7 @@ impl Fetch<'_> {
     }
 
     /// Those that are here, which the writer relies on from now on, and those that are not, with where they lie.
-    fn divide(&mut self, ids: &[ChunkId]) -> Result<(Vec<ChunkId>, Vec<(Place, ChunkId)>)> {
+    fn divide(&mut self, ids: &[ChunkId]) -> Result<(Vec<ChunkId>, Vec<Wanted>)> {
         let (mut here, mut missing) = (Vec::new(), Vec::new());
         for some in ids.chunks(NAMES) {
             let places = self.store.catalog().blocking_claim(some.to_vec(), self.store.now_us())?;
@@ -200,15 +206,16 @@ impl Fetch<'_> {
     fn fetch(
         &mut self,
         kind: Kind,
-        mut wanted: Vec<(Place, ChunkId)>,
+        mut wanted: Vec<Wanted>,
         take: &mut dyn FnMut(ChunkId, &[u8]) -> Result<()>,
         watch: &mut Watch<'_>,
     ) -> Result<()> {
+        let phase = if kind == Kind::Data { "pull" } else { "nodes" };
         wanted.sort_unstable_by_key(|(place, _)| (place.pack, place.offset));
         let total: u64 = wanted.iter().map(|(place, _)| record_bytes(place)).sum();
         let mut done = 0;
         for reads in reads(&wanted).chunks(TOGETHER) {
-            watch(if kind == Kind::Data { "pull" } else { "map" }, done, total)?;
+            watch(phase, done, total)?;
             let answers =
                 join_all(reads.iter().map(async |read| {
                     self.remote.objects.get_range(&object_name(read.pack), read.range.clone()).await
@@ -232,7 +239,7 @@ impl Fetch<'_> {
             }
         }
         if total > 0 {
-            watch(if kind == Kind::Data { "pull" } else { "map" }, done, total)?;
+            watch(phase, done, total)?;
         }
         Ok(())
     }
@@ -266,7 +273,7 @@ struct Reading {
 }
 
 /// The reads for chunks that are sorted by place.
-fn reads(wanted: &[(Place, ChunkId)]) -> Vec<Reading> {
+fn reads(wanted: &[Wanted]) -> Vec<Reading> {
     let mut reads: Vec<Reading> = Vec::new();
     for (index, (place, _)) in wanted.iter().enumerate() {
         let end = place.offset + record_bytes(place);
