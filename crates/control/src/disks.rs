@@ -18,7 +18,6 @@ use burgeon_store::{
     catalog::NewRoot,
     chunk_store::{ChunkStore, Source, Writer, ingest},
     cut::Cutter,
-    hold,
     map::Map,
     remote::held_bytes,
 };
@@ -118,7 +117,6 @@ impl DiskStore for Keeper<'_> {
 /// Removes the roots that no image names any more. What only they kept is collected later.
 /// Done before every collection. Answers how many went.
 pub(crate) async fn let_go(store: &ChunkStore, data: &DataPaths) -> Result<u64> {
-    hold::let_go_of_expired(store).await?;
     let mut named = HashSet::new();
     for stored in burgeon_image::list(data)? {
         match stored {

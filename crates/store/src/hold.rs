@@ -1,5 +1,5 @@
 //! Holds: roots for as long as something goes on, such as a copy to another place. A hold is let go of when it is dropped;
-//! one whose process died is let go of once its time is over, by [`let_go_of_expired`] before a collection.
+//! one whose process died is let go of once its time is over, by the next collection.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,8 +17,6 @@ pub enum Purpose {
 }
 
 impl Purpose {
-    const ALL: [Purpose; 2] = [Purpose::Served, Purpose::Pushed];
-
     fn kind(self) -> &'static str {
         match self {
             Purpose::Served => "served",
@@ -94,22 +92,6 @@ impl Drop for Hold {
     }
 }
 
-/// Removes the roots of holds whose time is over.
-///
-/// # Errors
-/// The catalog's.
-pub async fn let_go_of_expired(store: &ChunkStore) -> Result<()> {
-    let catalog = store.catalog();
-    for purpose in Purpose::ALL {
-        for root in catalog.roots(Some(purpose.kind())).await? {
-            if root.expires_us.is_some_and(|expires_us| expires_us < store.now_us()) {
-                catalog.remove_root(purpose.kind(), &root.name, Some(root.map)).await?;
-            }
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
@@ -145,13 +127,15 @@ mod tests {
         .await
         .unwrap();
         let names = async || {
-            let_go_of_expired(&store).await.unwrap();
+            let expiring = store.clone();
+            let expire = move || expiring.catalog().blocking_expire_roots(expiring.now_us());
+            tokio::task::spawn_blocking(expire).await.unwrap().unwrap();
             let roots = store.catalog().roots(None).await.unwrap();
             roots.into_iter().map(|root| root.name).collect::<Vec<String>>()
         };
         assert_eq!(names().await, ["second"]);
         let term_us = u64::try_from(TERM.as_micros()).unwrap();
-        now_us.fetch_add(term_us, Ordering::Relaxed);
+        now_us.fetch_add(term_us - 1, Ordering::Relaxed);
         assert_eq!(names().await, ["second"], "not before its time");
         now_us.fetch_add(1, Ordering::Relaxed);
         assert!(names().await.is_empty());

@@ -22,7 +22,8 @@ pub(super) async fn run(context: &Context, command: DiskCommand) -> Result<u8> {
         DiskCommand::Attach { vm, disk, size, image } => {
             let request = AttachDisk { name: disk, size, image };
             let changed: DiskChanged = context.client()?.post(&disks(&vm), &request).await?;
-            tell(context, &changed, changed.device.as_ref().map(|device| format!("the guest has it as {device}")))
+            let said = changed.device.as_ref().map(|device| format!("the guest has it as {device}"));
+            tell(context, &changed, said.as_deref())
         }
         DiskCommand::Detach { vm, disk, force } => {
             let changed = context.client()?.post(&format!("{}/detach", one(&vm, &disk)), &DetachDisk { force }).await?;
@@ -70,12 +71,12 @@ fn at(of: &OfDisk) -> String {
     one(&of.vm, &of.disk)
 }
 
-fn tell(context: &Context, changed: &DiskChanged, said: Option<String>) -> Result<u8> {
+fn tell(context: &Context, changed: &DiskChanged, said: Option<&str>) -> Result<u8> {
     if context.json {
         output::json(changed)?;
         return Ok(0);
     }
-    said.iter().chain(&changed.notes).for_each(|note| output::note(note));
+    said.into_iter().chain(changed.notes.iter().map(String::as_str)).for_each(output::note);
     Ok(0)
 }
 

@@ -14,6 +14,7 @@ use burgeon_store::{
 use super::{Attached, Disks, Key, attached, lock, source};
 
 /// How a disk is to begin.
+#[derive(Clone, Copy)]
 pub(crate) enum Begin {
     /// It is there: it was detached before.
     There,

@@ -87,7 +87,7 @@ fn contents(disk: &Disk) -> Vec<u8> {
     bytes
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 enum Step {
     Write {
         offset: u64,
