@@ -174,9 +174,17 @@ impl Gate {
             let flush = json!({"command-line": format!("qemu-io {node} \"flush\"")});
             monitor.execute("human-monitor-command", flush).await?;
             monitor.execute("block_resize", json!({"node-name": node, "size": size})).await?;
-            changed
-                .notes
-                .push("the guest sees the new size; its file system has yet to be grown (ext4: resize2fs)".into());
+            match &self.agent {
+                None => {
+                    changed.notes.push("the guest sees the new size; what is on the disk has yet to be grown".into())
+                }
+                Some(agent) => {
+                    if let Err(error) = agent.grow().await {
+                        let note = format!("the guest sees the new size; its file system did not grow: {error}");
+                        changed.notes.push(note);
+                    }
+                }
+            }
         }
         Ok(changed)
     }
