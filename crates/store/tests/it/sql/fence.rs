@@ -113,25 +113,35 @@ async fn a_damaged_copy_that_is_let_go_of_counts_as_deleted(home: Home) {
 /// Time stands still, and there is no grace: only the fence is left. Of every root, all chunks are there, always.
 async fn roots_and_sweeps_by_lot(home: Home) {
     const POOL: u32 = 24;
-    const ROUNDS: u32 = 120;
+    /// Each writer's at least; it goes on until every outcome was met, since the lot promises none in a given number.
+    const ROUNDS: u32 = 60;
+    const MOST_ROUNDS: u32 = 20_000;
+    const OUTCOMES: [&str; 4] = ["set", "swept", "sweep refused", "looked again"];
     let random = std::collections::hash_map::RandomState::new();
     let lot = |what: (u32, u32, u32), below: u32| u32::try_from(random.hash_one(what) % u64::from(below)).unwrap();
     // What the chunk of a map leads to; maps are never changed, so that whoever knows one reads it right.
     let maps: Mutex<HashMap<ChunkId, Vec<ChunkId>>> = Mutex::default();
     let counts: Mutex<HashMap<&str, u32>> = Mutex::default();
     let count = |what| *counts.lock().unwrap().entry(what).or_default() += 1;
+    let met_all = || {
+        let counts = counts.lock().unwrap();
+        OUTCOMES.iter().all(|what| counts.contains_key(what))
+    };
     let write = |writer: u32| {
         let catalog = Catalog::open(&home.address).unwrap();
-        let mut number = writer * 100_000;
+        let mut number = writer * 1_000_000_000;
         let mut own: HashMap<String, Vec<ChunkId>> = HashMap::new();
-        for round in 0..ROUNDS {
+        for round in 0..MOST_ROUNDS {
+            if round >= ROUNDS && met_all() {
+                break;
+            }
             let name = format!("{writer}-{}", lot((writer, round, 0), 3));
             // As long as a root is there, and nobody else removes this writer's, so are its chunks.
             if let Some(kept) = own.remove(&name) {
                 assert!(catalog.blocking_places(kept).unwrap().iter().all(Option::is_some), "{name} misses chunks");
             }
             catalog.blocking_remove_root("image", &name, None).unwrap();
-            let map = 1_000 + writer * ROUNDS + round;
+            let map = 1_000 + writer * MOST_ROUNDS + round;
             let mut needs: Vec<u32> = (1..5).map(|index| lot((writer, round, index), POOL)).collect();
             needs.push(map);
             let ids: Vec<ChunkId> = needs.iter().map(|number| chunk(*number)).collect();
@@ -192,7 +202,7 @@ async fn roots_and_sweeps_by_lot(home: Home) {
     });
     let counts = counts.into_inner().unwrap();
     println!("{counts:?}");
-    for what in ["set", "swept", "sweep refused", "looked again"] {
+    for what in OUTCOMES {
         assert!(counts.get(what).copied().unwrap_or_default() > 0, "never: {what}, of {counts:?}");
     }
 }
