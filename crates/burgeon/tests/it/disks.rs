@@ -60,6 +60,7 @@ fn disks_come_and_go_grow_and_are_kept() {
         (&["rollback", "one", "--disk", "data", "first"], "runs"),
         (&["rollback", "one", "--disk", "data", "second"], "runs"),
         (&["diff", "one", "--disk", "data", "second"], "no snapshot second: it has first"),
+        (&["snapshot", "one", "--disk", "../disks/data", "third"], "holds '/'"),
         (&["resize", "one", "--disk", "none", "1G"], "no disk none: it has root, data"),
     ] {
         let mut all = vec!["vm", "disk"];

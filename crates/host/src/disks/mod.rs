@@ -164,6 +164,8 @@ impl Disks {
     /// # Errors
     /// `NotFound` where the VM has none of that name; as [`Disk::open`].
     pub(crate) fn disk(&self, key: &Key) -> Result<Arc<Disk>> {
+        // It becomes a path.
+        burgeon_api::disk::check_name(&key.1)?;
         let mut open = lock(&self.open);
         if let Some(disk) = open.get(key).and_then(Weak::upgrade) {
             return Ok(disk);
