@@ -6,7 +6,7 @@
 //! base        a block map in the store, or nothing: zeros
 //! ```
 //!
-//! Which these are stands in a record beside the layers, see [`record`] and [`journal`]. A snapshot seals the top layer
+//! Which these are stands in a record beside the layers, see [`Record`]. A snapshot seals the top layer
 //! and puts an empty one above it: no data is moved, so it takes as long as the syncs. Sealed layers are stored one by
 //! one ([`absorb`]); a map then takes the place of a base and the layer above it, and what was the layer is the map's
 //! cache.
