@@ -16,7 +16,7 @@ use burgeon_image::{DataPaths, DiskStore, KeptDisk, Stored};
 use burgeon_store::{
     ChunkId,
     catalog::NewRoot,
-    chunk_store::{ChunkStore, Source, Writer, ingest},
+    chunk_store::{ChunkStore, Writer, ingest},
     cut::Cutter,
     map::Map,
     remote::held_bytes,
@@ -34,28 +34,14 @@ pub(crate) fn now_us() -> u64 {
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// The clock and the random numbers of a store.
-pub(crate) fn source() -> Source {
-    let uuid = || *burgeon_api::VmId::generate().uuid().as_bytes();
-    Source { now_us: Arc::new(now_us), uuid: Arc::new(uuid) }
-}
-
 /// Opens the store of this data directory.
 pub(crate) fn open(directory: &Path) -> Result<Arc<ChunkStore>> {
-    ChunkStore::open(directory, source())
+    ChunkStore::open(directory, burgeon_host::store_source())
 }
 
 /// The root that keeps the disk of an image.
 pub(crate) fn root(image: &str, map: ChunkId) -> NewRoot {
-    NewRoot {
-        kind: ROOT_KIND.into(),
-        name: format!("{image}/{map}"),
-        expected: None,
-        map,
-        relied: Vec::new(),
-        expires_us: None,
-        note: String::new(),
-    }
+    NewRoot::new(ROOT_KIND, format!("{image}/{map}"), map)
 }
 
 /// Takes the disks of new images.

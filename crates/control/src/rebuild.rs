@@ -33,7 +33,7 @@ pub fn rebuild(
     let mut roots = of_images(&layout, &mut problems)?;
     roots.extend(of_disks(&layout, &mut problems)?);
     let mut watch = watch(false, tell, cancelled);
-    let mut rebuilt = chunk_store::rebuild(&layout.store(), &disks::source(), &roots, &mut watch)?;
+    let mut rebuilt = chunk_store::rebuild(&layout.store(), &burgeon_host::store_source(), &roots, &mut watch)?;
     rebuilt.problems.extend(problems);
     Ok(rebuilt)
 }

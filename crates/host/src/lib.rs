@@ -28,7 +28,7 @@ use burgeon_qemu::{
     facts::Qemu,
     probe::{Verdict, Wish},
 };
-pub use disks::disk_roots;
+pub use disks::{disk_roots, store_source};
 use tokio::{
     net::UnixListener,
     sync::{OnceCell, Semaphore},

@@ -50,15 +50,8 @@ impl Hold {
     /// The root that [`crate::chunk_store::Writer::finish`] sets over what it has stored; then [`Self::of`] takes it.
     #[must_use]
     pub fn root(store: &ChunkStore, purpose: Purpose, name: String, map: ChunkId) -> NewRoot {
-        NewRoot {
-            kind: purpose.kind().into(),
-            name,
-            expected: None,
-            map,
-            relied: Vec::new(),
-            expires_us: Some(store.now_us() + u64::try_from(TERM.as_micros()).unwrap_or(u64::MAX)),
-            note: String::new(),
-        }
+        let expires_us = Some(store.now_us() + u64::try_from(TERM.as_micros()).unwrap_or(u64::MAX));
+        NewRoot { expires_us, ..NewRoot::new(purpose.kind(), name, map) }
     }
 
     /// The hold whose root has just been set.

@@ -18,7 +18,7 @@ use burgeon_api::{ByteSize, Error, Result, VmId, image::ImageView};
 use burgeon_qemu::nbd::{Export, Server};
 use burgeon_store::{
     ChunkId,
-    chunk_store::{ChunkStore, Source},
+    chunk_store::ChunkStore,
     hold::{Hold, Purpose},
     map::{Map, MapReader},
 };
@@ -118,16 +118,6 @@ impl Export for Served {
     }
 }
 
-/// The shell's clock and random numbers.
-#[expect(clippy::disallowed_methods, reason = "the shell that reads the clock")]
-fn source() -> Source {
-    let now = || {
-        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
-    };
-    Source { now_us: Arc::new(now), uuid: Arc::new(|| *VmId::generate().uuid().as_bytes()) }
-}
-
 /// Serves until Ctrl-C or SIGTERM.
 pub(super) async fn serve(context: &Context, name: &str, socket: &Path) -> Result<u8> {
     let failed = |error: io::Error| Error::io("wait for signals", &error);
@@ -158,7 +148,7 @@ pub(super) async fn serve(context: &Context, name: &str, socket: &Path) -> Resul
     let path = socket.clone();
     let hold_name = format!("{name}/{}", VmId::generate());
     let (hold, server, size) = blocking(move || {
-        let store = ChunkStore::open(&directory, source())?;
+        let store = ChunkStore::open(&directory, burgeon_host::store_source())?;
         let hold = Hold::share(&store, Purpose::Served, hold_name, map)?;
         let map = Map::open(&*store, map)?;
         let nodes = MapReader::new(store.clone(), NODES);

@@ -34,6 +34,8 @@ use crate::{layout::Layout, prepare};
 
 /// The directory of a VM's disks, beside QEMU's own.
 const DISKS: &str = "disks";
+/// A disk that is being removed has a name that begins so, which none can have.
+const REMOVED: &str = ".removed-";
 /// Roots of VMs' disks.
 const ROOT_KIND: &str = "disk";
 /// Which parts of an image its first start read; beside the cache of the image.
@@ -51,6 +53,10 @@ pub(crate) fn root_disk(id: VmId) -> Key {
 /// a moment.
 fn root_name(key: &Key, map: ChunkId) -> String {
     format!("{}/{}/{map}", key.0, key.1)
+}
+
+fn new_root(key: &Key, map: ChunkId) -> NewRoot {
+    NewRoot::new(ROOT_KIND, root_name(key, map), map)
 }
 
 /// The roots that disks of this data directory's VMs need, by name, and what of them cannot be told. For a catalog that is
@@ -111,9 +117,10 @@ struct Trace {
     reads: Vec<(u64, u64)>,
 }
 
-/// The shell's clock and random numbers.
+/// The clock and the random numbers of a store, for all processes that open one.
+#[must_use]
 #[expect(clippy::disallowed_methods, reason = "the shell that reads the clock")]
-fn source() -> Source {
+pub fn store_source() -> Source {
     let now = || {
         let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
@@ -137,7 +144,7 @@ impl Disks {
             served: Mutex::default(),
             to_store,
             storing: Mutex::default(),
-            begun_us: (source().now_us)(),
+            begun_us: (store_source().now_us)(),
         });
         storing::start(&disks, keys)?;
         Ok(disks)
@@ -147,7 +154,7 @@ impl Disks {
         if let Some(store) = self.store.get() {
             return Ok(store);
         }
-        let store = ChunkStore::open(&self.layout.store(), source())?;
+        let store = ChunkStore::open(&self.layout.store(), store_source())?;
         Ok(self.store.get_or_init(|| store))
     }
 
@@ -194,16 +201,7 @@ impl Disks {
 
     /// A root that keeps a map for a disk. Another root must keep it now.
     fn keep(&self, key: &Key, map: ChunkId) -> Result<()> {
-        let root = NewRoot {
-            kind: ROOT_KIND.into(),
-            name: root_name(key, map),
-            expected: None,
-            map,
-            relied: Vec::new(),
-            expires_us: None,
-            note: String::new(),
-        };
-        self.store()?.catalog().blocking_share_root(root, (source().now_us)())
+        self.store()?.catalog().blocking_share_root(new_root(key, map), (store_source().now_us)())
     }
 
     /// Lets go of the maps that a disk has left.
@@ -350,6 +348,7 @@ impl Disks {
         let mut kept: HashSet<String> = HashSet::new();
         let mut unread: HashSet<String> = HashSet::new();
         for id in vms {
+            self.finish_removals(*id);
             for name in self.names(*id) {
                 let key = (*id, name);
                 match Disk::record_in(&self.directory(&key)) {
@@ -376,6 +375,17 @@ impl Disks {
             }
         }
         Ok(())
+    }
+
+    /// Removes what an earlier process had begun to remove.
+    fn finish_removals(&self, id: VmId) {
+        for entry in fs::read_dir(self.of_vm(id)).into_iter().flatten().flatten() {
+            if entry.file_name().to_string_lossy().starts_with(REMOVED)
+                && let Err(error) = fs::remove_dir_all(entry.path())
+            {
+                tracing::warn!(vm = %id, %error, "a removed disk still takes room");
+            }
+        }
     }
 
     /// Names of a VM's disks.

@@ -11,9 +11,9 @@ use std::{
 };
 
 use burgeon_api::{Error, Result};
-use burgeon_store::{catalog::NewRoot, chunk_store::read_cache, disk::absorb};
+use burgeon_store::{chunk_store::read_cache, disk::absorb};
 
-use super::{Disks, Key, ROOT_KIND, root_name};
+use super::{Disks, Key, ROOT_KIND, new_root, root_name};
 
 /// A layer that could not be stored is tried again after this.
 const AGAIN: Duration = Duration::from_secs(60);
@@ -66,20 +66,11 @@ impl Disks {
             let record = disk.record();
             let Some((base, layer)) = record.unstored() else { return Ok(()) };
             let path = disk.directory().join(layer);
-            let root = |map| NewRoot {
-                kind: ROOT_KIND.into(),
-                name: root_name(key, map),
-                expected: None,
-                map,
-                relied: Vec::new(),
-                expires_us: None,
-                note: String::new(),
-            };
             let mut watch = |_: &'static str, _, _| match disk.directory().is_dir() {
                 true => Ok(()),
                 false => Err(Error::not_found("the disk is gone")),
             };
-            let (map, written) = absorb(self.store()?, base, &path, root, &mut watch)?;
+            let (map, written) = absorb(self.store()?, base, &path, |map| new_root(key, map), &mut watch)?;
             let map = map.root();
             if !disk.directory().is_dir() {
                 // Removed meanwhile; whoever did that may not have seen this root.

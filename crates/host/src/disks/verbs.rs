@@ -11,7 +11,7 @@ use burgeon_store::{
     disk::{Disk, Record},
 };
 
-use super::{Attached, Disks, Key, attached, lock, source};
+use super::{Attached, Disks, Key, REMOVED, attached, lock, store_source};
 
 /// How a disk is to begin.
 #[derive(Clone, Copy)]
@@ -72,7 +72,7 @@ impl Disks {
     /// As [`Disk::snapshot`].
     pub(crate) fn snapshot(&self, key: &Key, name: &str) -> Result<()> {
         burgeon_api::name::check("snapshot", name)?;
-        self.disk(key)?.snapshot(name, (source().now_us)() / 1_000_000)?;
+        self.disk(key)?.snapshot(name, (store_source().now_us)() / 1_000_000)?;
         self.store_soon(key);
         Ok(())
     }
@@ -182,7 +182,7 @@ impl Disks {
         }
         let directory = self.directory(key);
         // In one step, so that no half of it is ever found.
-        let gone = self.of_vm(key.0).join(format!(".removed-{}", key.1));
+        let gone = self.of_vm(key.0).join(format!("{REMOVED}{}", key.1));
         let failed = |error: std::io::Error| Error::io("remove a disk", &error);
         fs::rename(&directory, &gone).map_err(failed)?;
         fs::remove_dir_all(&gone).map_err(failed)?;

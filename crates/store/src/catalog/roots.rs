@@ -36,6 +36,15 @@ pub struct NewRoot {
     pub note: String,
 }
 
+impl NewRoot {
+    /// A root under a name that nothing has yet, or that has this map already; it keeps the map for good.
+    #[must_use]
+    pub fn new(kind: &str, name: String, map: ChunkId) -> NewRoot {
+        let (relied, note) = (Vec::new(), String::new());
+        NewRoot { kind: kind.into(), name, expected: None, map, relied, expires_us: None, note }
+    }
+}
+
 impl Catalog {
     /// Sets a root, if everything that it relies on is here. The map and all of that count as touched now.
     ///

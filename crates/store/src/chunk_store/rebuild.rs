@@ -157,16 +157,8 @@ fn set_roots(
                 rebuilt.problems.push(Problem { place, what: format!("its map, {:?}, is in no pack", root.map) });
                 continue;
             }
-            let new = NewRoot {
-                kind: root.kind.clone(),
-                name: root.name.clone(),
-                expected: None,
-                map: root.map,
-                // Nobody collects meanwhile, and what is missing is to be told, not to keep the root from being set.
-                relied: Vec::new(),
-                expires_us: None,
-                note: String::new(),
-            };
+            // Nobody collects meanwhile, and what is missing is to be told, not to keep the root from being set.
+            let new = NewRoot::new(&root.kind, root.name.clone(), root.map);
             catalog.blocking_set_root(new, (source.now_us)())?;
             rebuilt.roots += 1;
         }

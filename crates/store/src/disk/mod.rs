@@ -18,6 +18,7 @@ mod absorb;
 mod image_base;
 mod journal;
 mod layer;
+mod live;
 mod record;
 mod states;
 
@@ -38,9 +39,9 @@ pub use image_base::ImageBase;
 use journal::Journal;
 use layer::Layer;
 pub use layer::MOST_BYTES;
+use live::{Found, Live};
 use record::check_growth;
 pub use record::{Record, Snapshot, Stack};
-use states::State;
 
 use crate::{
     ChunkId,
@@ -87,13 +88,6 @@ impl Base for Nothing {
 
 /// Opens what is below all layers: a map of the store, or nothing; and the origin of the disk, see [`Record`].
 pub type OpenBase<'a> = &'a dyn Fn(Option<ChunkId>, Option<ChunkId>) -> Result<Arc<dyn Base>>;
-
-struct Live {
-    /// The top one last.
-    layers: Vec<Arc<Layer>>,
-    base: Arc<dyn Base>,
-    size: u64,
-}
 
 /// What is written down of the disk. Held while that changes.
 struct Kept {
@@ -205,13 +199,6 @@ impl Disk {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn check(&self, offset: u64, length: u64) -> io::Result<()> {
-        match offset.checked_add(length) {
-            Some(end) if end <= self.size() => Ok(()),
-            _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "beyond the end of the disk")),
-        }
-    }
-
     /// Whether a read would be answered without waiting for anything but the machine's own disk.
     #[must_use]
     pub fn is_near(&self, offset: u64, length: u64) -> bool {
@@ -231,8 +218,8 @@ impl Disk {
     /// # Errors
     /// Beyond the end, or where a layer or the base cannot be read.
     pub fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
-        self.check(offset, bytes.len() as u64)?;
         let live = self.live();
+        live.check(offset, bytes.len() as u64)?;
         live.read(live.layers.len(), offset, bytes)
     }
 
@@ -241,8 +228,8 @@ impl Disk {
     /// # Errors
     /// Beyond the end, or where the layer cannot be written or filled from below.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.check(offset, bytes.len() as u64)?;
         let live = self.live();
+        live.check(offset, bytes.len() as u64)?;
         let below = live.layers.len() - 1;
         live.top().write(offset, bytes, &|offset, bytes| live.read(below, offset, bytes))
     }
@@ -252,8 +239,8 @@ impl Disk {
     /// # Errors
     /// As [`Self::write`].
     pub fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.check(offset, length)?;
         let live = self.live();
+        live.check(offset, length)?;
         let below = live.layers.len() - 1;
         live.top().zero(offset, length, &|offset, bytes| live.read(below, offset, bytes))
     }
@@ -263,8 +250,10 @@ impl Disk {
     /// # Errors
     /// As [`Self::write`].
     pub fn trim(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.check(offset, length)?;
-        let size = self.size();
+        let live = self.live();
+        live.check(offset, length)?;
+        let size = live.size;
+        drop(live);
         let end = if offset + length == size { size } else { (offset + length) / states::BLOCK * states::BLOCK };
         let start = offset.next_multiple_of(states::BLOCK);
         if start < end { self.zero(start, end - start) } else { Ok(()) }
@@ -291,8 +280,8 @@ impl Disk {
     /// # Errors
     /// Beyond the end, or where the base cannot tell.
     pub fn extent(&self, offset: u64, end: u64) -> io::Result<(Extent, u64)> {
-        self.check(offset, end.saturating_sub(offset))?;
         let live = self.live();
+        live.check(offset, end.saturating_sub(offset))?;
         let mut first: Option<(Extent, u64)> = None;
         live.walk(live.layers.len(), offset, end, &mut |found, range| {
             let mut at = range.start;
@@ -339,7 +328,7 @@ impl Disk {
     }
 
     /// Makes another disk, in an empty directory, that holds what this one holds now, or what a snapshot of it holds. No
-    /// data is moved. `keep` sees to it that the map below both stays in the store.
+    /// data is moved. `keep` sees to it that a map which the new one needs stays in the store.
     ///
     /// # Errors
     /// `NotFound` without that snapshot; those of `keep`; as [`Self::seal`] and [`Self::create`].
@@ -359,7 +348,7 @@ impl Disk {
             Some(name) => kept.record.snapshot(name).map(|snapshot| (&snapshot.stack, snapshot.size))?,
             None => (&kept.record.below, kept.record.size),
         };
-        stack.base.map_or(Ok(()), keep)?;
+        kept.record.origin.into_iter().chain(stack.base).try_for_each(keep)?;
         share_layers(&self.directory, directory, stack)?;
         Disk::create_clone(directory, size, stack.clone(), kept.record.origin, open_base)
     }
@@ -469,7 +458,9 @@ impl Disk {
         if is_live {
             let base = open_base(Some(map), kept.record.origin)?;
             let mut live = self.live_mut();
-            live.layers.remove(0);
+            // Where an earlier map could not be opened, its layer is still here.
+            let stored = live.layers.len() - 1 - kept.record.below.layers.len();
+            live.layers.drain(..stored);
             live.base = base;
         }
         Ok(())
@@ -562,76 +553,6 @@ fn merged(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
         }
     }
     out
-}
-
-enum Found<'a> {
-    Layer(&'a Layer),
-    Zero,
-    Base,
-}
-
-impl Live {
-    /// Layers below the top must be there; a top that was never written to is made.
-    fn open(directory: &Path, record: &Record, open_base: OpenBase<'_>) -> Result<Live> {
-        let base = open_base(record.below.base, record.origin)?;
-        let below = record.below.layers.iter().map(|name| Layer::open_sealed(&directory.join(name)));
-        let top = Layer::open(&directory.join(&record.top), record.size);
-        let layers = below.chain([top]).map(|layer| layer.map(Arc::new)).collect::<Result<_>>()?;
-        Ok(Live { layers, base, size: record.size })
-    }
-
-    fn top(&self) -> &Arc<Layer> {
-        // A disk is opened with a layer, and layers are only taken away below the top.
-        &self.layers[self.layers.len() - 1]
-    }
-
-    /// Tells `visit` in order what the lowest `count` layers and the base have of the bytes, until it says to stop.
-    /// Says whether it came to the end.
-    fn walk(
-        &self,
-        count: usize,
-        offset: u64,
-        end: u64,
-        visit: &mut dyn FnMut(Found<'_>, Range<u64>) -> io::Result<bool>,
-    ) -> io::Result<bool> {
-        let Some(layer) = count.checked_sub(1).map(|index| &*self.layers[index]) else {
-            return visit(Found::Base, offset..end);
-        };
-        let mut at = offset;
-        while at < end {
-            let (state, length) = match layer.size().min(end) {
-                within if at < within => layer.run(at, within),
-                // The disk has grown since.
-                _ => (State::Absent, end - at),
-            };
-            let range = at..at + length;
-            let go_on = match state {
-                State::Data => visit(Found::Layer(layer), range)?,
-                State::Zero => visit(Found::Zero, range)?,
-                State::Absent => self.walk(count - 1, range.start, range.end, visit)?,
-            };
-            if !go_on {
-                return Ok(false);
-            }
-            at += length;
-        }
-        Ok(true)
-    }
-
-    fn read(&self, count: usize, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
-        let end = offset + bytes.len() as u64;
-        self.walk(count, offset, end, &mut |found, range| {
-            let position = |at: u64| usize::try_from(at - offset).unwrap_or(0);
-            let piece = &mut bytes[position(range.start)..position(range.end)];
-            match found {
-                Found::Layer(layer) => layer.read(range.start, piece)?,
-                Found::Zero => piece.fill(0),
-                Found::Base => self.base.read(range.start, piece)?,
-            }
-            Ok(true)
-        })
-        .map(drop)
-    }
 }
 
 #[cfg(test)]

@@ -97,10 +97,11 @@ impl Record {
         self.top == layer || self.stacks().any(|stack| stack.layers.iter().any(|name| name == layer))
     }
 
-    /// The maps that must stay in the store for this disk, each once.
+    /// The maps that must stay in the store for this disk, each once. The origin is one of them: what later maps have in
+    /// common with it is read through it, and its nodes are not all theirs.
     #[must_use]
     pub fn maps(&self) -> Vec<ChunkId> {
-        let mut maps: Vec<ChunkId> = self.stacks().filter_map(|stack| stack.base).collect();
+        let mut maps: Vec<ChunkId> = self.stacks().filter_map(|stack| stack.base).chain(self.origin).collect();
         maps.sort_unstable();
         maps.dedup();
         maps
@@ -236,6 +237,11 @@ mod tests {
             back.without_snapshot("three").unwrap_err().message,
             "the disk has no snapshot three: it has one, two"
         );
+        // Its image's map stays, wherever the disk has moved to.
+        let origin = ChunkId::of(b"image");
+        let above = Stack { base: Some(origin), layers: Vec::new() };
+        let moved = Record::new(1 << 20, above, Some(origin)).unwrap().sealed(1 << 20, false);
+        assert!(moved.stored(Some(origin), "layer-0", map).maps().contains(&origin));
         // A clone's layers never get the names of those that it shares.
         assert_eq!(Record::new(2 << 20, two.below, None).unwrap().top, "layer-2");
     }
