@@ -310,7 +310,9 @@ impl Owner {
                 Met::LookAgain => {}
                 Met::ChannelEnded(error) => self.channel_lost(&error),
             }
-            if self.removing.is_some() && self.up.is_none() && self.starting.is_none() && self.held().is_none() {
+            let is_over = self.up.is_none() && self.starting.is_none() && self.held().is_none();
+            // Whoever changes its disks would leave a part of them behind.
+            if self.removing.is_some() && is_over && self.gate.try_lock().is_ok() {
                 self.remove();
                 return;
             }

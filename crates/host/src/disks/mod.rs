@@ -223,7 +223,16 @@ impl Disks {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(Error::io("clear the VM's disk", &error));
             }
-            _ => fs::create_dir_all(&directory).map_err(|error| Error::io("create the VM's disk", &error))?,
+            _ => {}
+        }
+        // Not the VM's own directory: where that is gone, the VM has just been removed.
+        for directory in [&self.of_vm(key.0), &directory] {
+            match fs::create_dir(directory) {
+                Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                    return Err(Error::io("create the VM's disk", &error));
+                }
+                _ => {}
+            }
         }
         Ok(directory)
     }
