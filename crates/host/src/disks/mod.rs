@@ -26,7 +26,7 @@ use burgeon_store::{
     ChunkId,
     catalog::NewRoot,
     chunk_store::{ChunkStore, Source, read_cache},
-    disk::{Base, Disk, ImageBase, Nothing, Record, Stack},
+    disk::{Base, Disk, ImageBase, Nothing, Stack},
 };
 pub(crate) use verbs::Begin;
 
@@ -107,6 +107,8 @@ pub(crate) struct Disks {
     to_store: mpsc::Sender<Key>,
     /// Held by who stores layers.
     storing: Mutex<()>,
+    /// Maps that have a root, or are about to, and that no record names yet.
+    arriving: Mutex<HashSet<ChunkId>>,
     begun_us: u64,
 }
 
@@ -144,6 +146,7 @@ impl Disks {
             served: Mutex::default(),
             to_store,
             storing: Mutex::default(),
+            arriving: Mutex::default(),
             begun_us: (store_source().now_us)(),
         });
         storing::start(&disks, keys)?;
@@ -205,11 +208,15 @@ impl Disks {
     }
 
     /// Lets go of the maps that a disk has left.
-    fn let_go(&self, key: &Key, record: &Record) -> Result<()> {
-        let (prefix, maps) = (format!("{}/{}/", key.0, key.1), record.maps());
+    fn let_go(&self, key: &Key, disk: &Disk) -> Result<()> {
+        let prefix = format!("{}/{}/", key.0, key.1);
         let catalog = self.store()?.catalog();
-        for root in catalog.blocking_roots(Some(ROOT_KIND))? {
-            if root.name.starts_with(&prefix) && !maps.contains(&root.map) {
+        let roots = catalog.blocking_roots(Some(ROOT_KIND))?;
+        // In this order: a map whose root was seen just now is about to be written into the record, or it stands there.
+        let arriving = lock(&self.arriving).clone();
+        let maps = disk.record().maps();
+        for root in roots {
+            if root.name.starts_with(&prefix) && !maps.contains(&root.map) && !arriving.contains(&root.map) {
                 catalog.blocking_remove_root(ROOT_KIND, &root.name, Some(root.map))?;
             }
         }

@@ -11,7 +11,11 @@ use std::{
 };
 
 use burgeon_api::{Error, Result};
-use burgeon_store::{chunk_store::read_cache, disk::absorb};
+use burgeon_store::{
+    ChunkId,
+    chunk_store::read_cache,
+    disk::{Disk, absorb},
+};
 
 use super::{Disks, Key, ROOT_KIND, new_root, root_name};
 
@@ -65,23 +69,34 @@ impl Disks {
         loop {
             let record = disk.record();
             let Some((base, layer)) = record.unstored() else { return Ok(()) };
-            let path = disk.directory().join(layer);
-            let mut watch = |_: &'static str, _, _| match disk.directory().is_dir() {
-                true => Ok(()),
-                false => Err(Error::not_found("the disk is gone")),
-            };
-            let (map, written) = absorb(self.store()?, base, &path, |map| new_root(key, map), &mut watch)?;
-            let map = map.root();
-            if !disk.directory().is_dir() {
-                // Removed meanwhile; whoever did that may not have seen this root.
-                self.store()?.catalog().blocking_remove_root(ROOT_KIND, &root_name(key, map), None)?;
-                return Err(Error::not_found("the disk is gone"));
-            }
-            tracing::info!(vm = %key.0, disk = key.1, layer, bytes = written.bytes, new_bytes = written.new_bytes, "a layer is stored");
-            let cache = self.cache(map);
-            disk.stored(base, layer, map, &mut |layer| become_cache(layer, &cache), &self.open_base())?;
-            self.let_go(key, &disk.record())?;
+            let stored = self.store_layer(key, &disk, base, layer);
+            // What it names stands in the record by now, or never will.
+            super::lock(&self.arriving).clear();
+            stored?;
+            self.let_go(key, &disk)?;
         }
+    }
+
+    fn store_layer(&self, key: &Key, disk: &Disk, base: Option<ChunkId>, layer: &str) -> Result<()> {
+        let gone = || Error::not_found("the disk is gone");
+        let mut watch = |_: &'static str, _, _| if disk.directory().is_dir() { Ok(()) } else { Err(gone()) };
+        let root = |map| {
+            super::lock(&self.arriving).insert(map);
+            new_root(key, map)
+        };
+        // The disk's own root keeps the base all the while; where it goes, no stack begins with the base any more, and the
+        // new map is for nobody.
+        let (map, written) = absorb(self.store()?, base, &disk.directory().join(layer), root, &mut watch)?;
+        let map = map.root();
+        if !disk.directory().is_dir() {
+            // Removed meanwhile; whoever did that may not have seen this root.
+            self.store()?.catalog().blocking_remove_root(ROOT_KIND, &root_name(key, map), None)?;
+            return Err(gone());
+        }
+        let (bytes, new_bytes) = (written.bytes, written.new_bytes);
+        tracing::info!(vm = %key.0, disk = key.1, layer, bytes, new_bytes, "a layer is stored");
+        let cache = self.cache(map);
+        disk.stored(base, layer, map, &mut |layer| become_cache(layer, &cache), &self.open_base())
     }
 }
 

@@ -82,7 +82,7 @@ impl Disks {
     pub(crate) fn remove_snapshot(&self, key: &Key, name: &str) -> Result<()> {
         let disk = self.disk(key)?;
         disk.remove_snapshot(name)?;
-        self.let_go(key, &disk.record())
+        self.let_go(key, &disk)
     }
 
     /// For a disk that is not served.
@@ -95,7 +95,7 @@ impl Disks {
         }
         let disk = self.disk(key)?;
         disk.roll_back(name, &self.open_base())?;
-        self.let_go(key, &disk.record())
+        self.let_go(key, &disk)
     }
 
     /// # Errors

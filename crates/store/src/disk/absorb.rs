@@ -20,6 +20,9 @@ const WINDOW: u64 = 64 << 10;
 /// Stores the sealed layer at `path` above `base`, and sets the root that `root` makes of the new map. `watch` is told the
 /// bytes done.
 ///
+/// The caller keeps a root over `base` from before this until after it: what the new map has of it is not looked at, and
+/// without a root it may be collected.
+///
 /// # Errors
 /// Where the layer does not read; those of the store and of `watch`. Then nothing names what was stored.
 pub fn absorb(
