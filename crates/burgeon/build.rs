@@ -14,8 +14,9 @@ const TARGET: &str = "x86_64-unknown-linux-musl";
 fn main() {
     let here = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
     let root = here.ancestors().nth(2).expect("crates/burgeon lies two below the root").to_path_buf();
-    for path in ["crates/guest/src", "crates/guest/Cargo.toml", "crates/api/src", "Cargo.lock", "Cargo.toml"] {
-        println!("cargo::rerun-if-changed={}", root.join(path).display());
+    // Relative, so that two clones of this project may share a target directory.
+    for path in ["../guest/src", "../guest/Cargo.toml", "../api/src", "../../Cargo.lock", "../../Cargo.toml"] {
+        println!("cargo::rerun-if-changed={path}");
     }
     println!("cargo::rerun-if-env-changed=BURGEON_AGENT_FILE");
     let agent = match env::var_os("BURGEON_AGENT_FILE") {

@@ -14,6 +14,7 @@ use crate::{
     http::Setting,
     image::Image,
     profile::Profile,
+    substrate::{Forked, Recipe},
     vm::{Figures, HostVm},
 };
 
@@ -38,6 +39,30 @@ pub struct Launch {
     /// Another VM of this host, whose disk the root disk is a clone of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<Source>,
+    #[serde(default)]
+    pub begin: Begin,
+}
+
+/// How a VM begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Begin {
+    /// Its kernel starts.
+    #[default]
+    Boot,
+    /// It boots to become a substrate: its kernel leaves zeros in memory that it frees.
+    BootForSubstrate,
+    /// It goes on from the substrate that its source is.
+    Substrate,
+    /// It goes on from an instant of its running source.
+    Fork,
+}
+
+impl Begin {
+    /// Whether its memory was another VM's.
+    pub fn is_activation(self) -> bool {
+        matches!(self, Begin::Substrate | Begin::Fork)
+    }
 }
 
 /// What a VM's root disk is cloned from.
@@ -191,6 +216,23 @@ pub enum Request {
     Thaw {
         vm: VmId,
     },
+    /// Makes a substrate of a running VM: warms it up, captures it, keeps that in the store and in memory, and ends its
+    /// process.
+    Dock {
+        vm: VmId,
+        recipe: Recipe,
+    },
+    /// Ends a VM that could not be made what it should become: it has failed, for this reason.
+    GiveUp {
+        vm: VmId,
+        reason: String,
+    },
+    /// Forks a running VM: one instant of it for all children. Those that could not be made are told one by one.
+    Fork {
+        vm: VmId,
+        children: Vec<Launch>,
+        all_or_nothing: bool,
+    },
     /// Ends every command that runs in the VM through a session.
     EndSessions {
         vm: VmId,
@@ -229,6 +271,7 @@ pub enum Reply {
     DiskChanged(DiskChanged),
     DiskChanges(DiskChanges),
     Image(Box<Image>),
+    Forked(Forked),
     Log {
         text: Vec<u8>,
     },

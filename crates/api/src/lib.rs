@@ -19,10 +19,12 @@ pub mod name;
 pub mod path_text;
 pub mod pipeline;
 pub mod profile;
+pub mod receipt;
 pub mod recipe;
 pub mod remote;
 pub mod size;
 pub mod store;
+pub mod substrate;
 pub mod vm;
 
 pub use error::{Error, ErrorKind, Location, Result};

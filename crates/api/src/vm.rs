@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, VmId, image::Boot, profile::Profile};
+use crate::{ByteSize, VmId, image::Boot, profile::Profile, receipt::Receipt, substrate::Docked};
 
 /// What hardware runs the guest's instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
@@ -43,6 +43,8 @@ pub enum Observed {
     Running,
     /// It ended, on request or by itself.
     Stopped { reason: String },
+    /// A substrate: its state is kept, and it has no process.
+    Docked,
     /// It could not be started, or was lost.
     Failed { reason: String },
     /// The host process cannot be asked, or cannot reach the VM; it may well be running.
@@ -58,6 +60,7 @@ impl Observed {
             Observed::Starting { .. } => "starting",
             Observed::Running => "running",
             Observed::Stopped { .. } => "stopped",
+            Observed::Docked => "docked",
             Observed::Failed { .. } => "failed",
             Observed::Unknown { .. } => "unknown",
             Observed::Damaged { .. } => "damaged",
@@ -67,7 +70,7 @@ impl Observed {
     /// The detail behind the name: a phase or a reason.
     pub fn detail(&self) -> &str {
         match self {
-            Observed::Pending | Observed::Running => "",
+            Observed::Pending | Observed::Running | Observed::Docked => "",
             Observed::Starting { phase } => phase,
             Observed::Stopped { reason }
             | Observed::Failed { reason }
@@ -125,6 +128,12 @@ pub struct HostVm {
     /// Which of the starts that were asked for after the first the host has begun; see [`VmView::starts`].
     #[serde(default)]
     pub starts: u32,
+    /// Of a VM that goes on from a captured state.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receipt: Option<Receipt>,
+    /// Of a substrate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub docked: Option<Docked>,
 }
 
 /// A VM: what is wanted and what is known.
@@ -147,6 +156,9 @@ pub struct VmView {
     pub starts: u32,
     /// Seconds since 1970.
     pub created_s: u64,
+    /// Whether it is a substrate, or to become one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_substrate: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_host: Option<HostVm>,
 }

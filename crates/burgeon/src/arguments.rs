@@ -45,9 +45,14 @@ pub enum Command {
     Shell(ShellArguments),
     /// Show what a VM wrote to its console
     Logs(VmName),
+    /// Make other VMs of a running one, as it is at this instant
+    Fork(ForkArguments),
     /// Virtual machines
     #[command(subcommand)]
     Vm(VmCommand),
+    /// VMs that were booted and warmed up once, and wait in memory for others to go on from them
+    #[command(subcommand)]
+    Substrate(SubstrateCommand),
     /// Images that VMs are made from
     #[command(subcommand)]
     Image(ImageCommand),
@@ -150,9 +155,16 @@ pub struct ShellArguments {
 
 #[derive(Debug, Subcommand)]
 pub enum VmCommand {
-    /// Create a VM from an image and start it
+    /// Create a VM from an image and start it, or VMs that go on from a substrate
     Create {
-        image: String,
+        #[arg(required_unless_present = "substrate", conflicts_with = "substrate")]
+        image: Option<String>,
+        /// Go on from this substrate instead of booting an image
+        #[arg(long, short, value_name = "SUBSTRATE", conflicts_with_all = ["profile", "ssh_key"])]
+        substrate: Option<String>,
+        /// How many VMs; with --name they are called NAME-1, NAME-2, ...
+        #[arg(long, short, default_value_t = 1, requires = "substrate")]
+        count: u32,
         /// Its name, and host name; made from the image's name when absent
         #[arg(long, short)]
         name: Option<String>,
@@ -243,6 +255,10 @@ pub enum VmCommand {
         #[arg(long)]
         no_wait: bool,
     },
+    /// Make other VMs of a running one, as it is at this instant
+    Fork(ForkArguments),
+    /// Show what a VM that goes on from a substrate, or was forked, has proved of its identity
+    Receipt(VmName),
     /// A VM's disks: plug in, grow, snapshot
     #[command(subcommand)]
     Disk(DiskCommand),
@@ -252,6 +268,52 @@ pub enum VmCommand {
     Freeze(VmName),
     /// Let a frozen guest go on
     Thaw(VmName),
+}
+
+#[derive(Debug, Args)]
+pub struct ForkArguments {
+    /// Name or id
+    pub vm: String,
+    /// How many
+    #[arg(long, short, default_value_t = 1)]
+    pub count: u32,
+    /// Their name, and host name; with --count they are called NAME-1, NAME-2, ...
+    #[arg(long, short)]
+    pub name: Option<String>,
+    /// Keep none of them when one cannot be made
+    #[arg(long)]
+    pub all_or_nothing: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum SubstrateCommand {
+    /// Boot a VM, warm it up, and make a substrate of it
+    Create {
+        name: String,
+        #[arg(long, short)]
+        image: String,
+        /// A built-in profile (default, tiny, worker) or a TOML file
+        #[arg(long, short, default_value = "default")]
+        profile: String,
+        /// A command that starts the application and fills its caches; run by sh -c
+        #[arg(long, value_name = "COMMAND")]
+        warm: Option<String>,
+        /// A command that succeeds when the guest is ready; run by sh -c until it does
+        #[arg(long, value_name = "COMMAND")]
+        ready: Option<String>,
+        /// Do not wait until it is docked
+        #[arg(long)]
+        no_wait: bool,
+    },
+    /// List substrates
+    Ls(ListArguments),
+    /// Show what a substrate is, what it holds, and what it needs
+    Show { substrate: String },
+    /// Remove substrates that no VM goes on from
+    Rm {
+        #[arg(required = true)]
+        substrates: Vec<String>,
+    },
 }
 
 #[derive(Debug, Args)]

@@ -7,6 +7,7 @@ mod pipelines;
 mod server;
 mod store;
 mod streams;
+mod substrates;
 mod vms;
 
 use axum::{
@@ -123,6 +124,7 @@ pub(crate) fn routes() -> (Router<Shared>, Value) {
     settings.meta_schema = None;
     let mut routes = Routes { router: Router::new(), told: Vec::new(), schemas: settings.into_generator() };
     server::add(&mut routes);
+    substrates::add(&mut routes);
     vms::add(&mut routes);
     disks::add(&mut routes);
     streams::add(&mut routes);

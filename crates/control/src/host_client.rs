@@ -7,6 +7,7 @@ use burgeon_api::{
     disk::{DiskChanged, DiskChanges, DiskView},
     host::{DiskRequest, Envelope, FileRequest, Launch, Reply, Request, StopMode, VERSION},
     image::Image,
+    substrate::{Forked, Recipe},
     vm::HostVm,
 };
 use tokio::{
@@ -19,6 +20,10 @@ use tokio::{
 const QUICK: Duration = Duration::from_secs(10);
 /// Requests that wait for a guest or a file system.
 const SLOW: Duration = Duration::from_secs(150);
+/// Warming up and capturing a substrate.
+const DOCK: Duration = Duration::from_secs(1800);
+/// All children of a fork.
+const FORK: Duration = Duration::from_secs(300);
 const MOST_REPLY: u32 = 64 << 20;
 
 /// The way to the host process of this machine.
@@ -76,6 +81,23 @@ impl HostClient {
 
     pub(crate) async fn launch(&self, launch: Launch) -> Result<()> {
         self.done(Request::Launch(Box::new(launch)), QUICK).await
+    }
+
+    /// Makes a substrate of a running VM.
+    pub(crate) async fn dock(&self, vm: VmId, recipe: Recipe) -> Result<()> {
+        self.done(Request::Dock { vm, recipe }, DOCK).await
+    }
+
+    /// Ends a VM that could not be made what it should become.
+    pub(crate) async fn give_up(&self, vm: VmId, reason: String) -> Result<()> {
+        self.done(Request::GiveUp { vm, reason }, SLOW).await
+    }
+
+    pub(crate) async fn fork(&self, vm: VmId, children: Vec<Launch>, all_or_nothing: bool) -> Result<Forked> {
+        match self.ask(Request::Fork { vm, children, all_or_nothing }, FORK).await? {
+            Reply::Forked(forked) => Ok(forked),
+            other => Err(unexpected(&other)),
+        }
     }
 
     pub(crate) async fn start(&self, vm: VmId, starts: u32) -> Result<()> {

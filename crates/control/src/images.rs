@@ -197,6 +197,7 @@ impl HostRunner {
             image_directory: directory.display().to_string(),
             profile,
             source: None,
+            begin: burgeon_api::host::Begin::Boot,
         };
         state.host.launch(launch).await?;
         state.kick.notify_one();

@@ -17,6 +17,7 @@ mod reconcile;
 mod remotes;
 mod state;
 mod store;
+mod substrates;
 mod transport;
 
 use std::{
@@ -81,6 +82,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
         seen: watch::Sender::new(Seen::default()),
         pipelines: pipelines::Pipelines::default(),
         temporary: watch::Sender::new(BTreeSet::new()),
+        forking: watch::Sender::new(BTreeSet::new()),
         busy: Arc::new(AtomicUsize::new(0)),
         store_work: Arc::new(tokio::sync::Semaphore::new(1)),
         shutdown: shutdown.clone(),
@@ -91,6 +93,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
     state.tasks.spawn(reconcile::watch_host(state.clone()));
     state.tasks.spawn(reconcile::idle_exit(state.clone(), options.idle_exit));
     pipelines::resume(&state).await?;
+    substrates::resume(&state).await?;
     let busy = state.busy.clone();
     let count = move |request: Request, next: Next| {
         let guard = Busy::new(&busy);

@@ -76,6 +76,8 @@ struct Looker {
 impl Looker {
     async fn look_and_act(&mut self) {
         let state = &self.state;
+        // What is forked now, and was when the host was asked: nothing is done about either.
+        let mut forking = state.forking.borrow().clone();
         // The host before meta (and before the ids of image builds): they are known before their launch is
         // sent, so what the host has and nobody knows is an orphan.
         let host = state.host.list().await;
@@ -92,8 +94,10 @@ impl Looker {
         };
         keep_observed(state, &rows, &seen).await;
         publish(state, host);
+        forking.extend(state.forking.borrow().iter());
         let wanted: Vec<Wanted> = rows
             .iter()
+            .filter(|row| !forking.contains(&row.id))
             .map(|row| Wanted {
                 id: row.id,
                 intent: row.intent,
@@ -103,6 +107,7 @@ impl Looker {
             })
             .collect();
         let mut others = Others { ids: state.temporary.borrow().clone(), nameless: false };
+        others.ids.extend(forking);
         for row in damaged {
             if let Ok(id) = row.id.parse() {
                 others.ids.insert(id);

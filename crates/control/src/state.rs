@@ -11,7 +11,7 @@ use std::{
 
 use burgeon_api::{
     Error, Result, VmId,
-    host::Launch,
+    host::{Begin, Launch},
     image::Boot,
     profile::Profile,
     vm::{HostVm, Intent, Observed, VmView},
@@ -43,6 +43,8 @@ pub(crate) struct State {
     pub(crate) pipelines: Pipelines,
     /// VMs of image builds: on the host, and in no row of meta.
     pub(crate) temporary: watch::Sender<BTreeSet<VmId>>,
+    /// VMs that are just being forked: others do nothing about them.
+    pub(crate) forking: watch::Sender<BTreeSet<VmId>>,
     /// Open client connections and long work, for the idle exit.
     pub(crate) busy: Arc<AtomicUsize>,
     /// One permit: for who collects or checks the whole store.
@@ -104,6 +106,7 @@ impl State {
             version: row.version,
             starts: row.starts,
             created_s: row.created_s,
+            is_substrate: row.substrate.is_some(),
             on_host,
         }
     }
@@ -126,6 +129,7 @@ impl State {
             version: 0,
             starts: 0,
             created_s: 0,
+            is_substrate: false,
             on_host,
         }
     }
@@ -184,6 +188,19 @@ impl State {
     }
 
     pub(crate) async fn launch_of(&self, row: &VmRow) -> Result<Launch> {
+        let begin = match (&row.source, &row.substrate) {
+            (_, Some(_)) => Begin::BootForSubstrate,
+            (Some(source), None) => source.begin,
+            (None, None) => Begin::Boot,
+        };
+        if begin == Begin::Fork {
+            // Forks are launched by the fork, at one instant.
+            return Err(Error::unavailable("the fork was broken off").with_hint("fork the VM again"));
+        }
+        self.launch_at(row, begin).await
+    }
+
+    pub(crate) async fn launch_at(&self, row: &VmRow, begin: Begin) -> Result<Launch> {
         let image = match &row.source {
             Some(source) => source.image.clone(),
             None => self.image(row.image.clone()).await?,
@@ -195,6 +212,7 @@ impl State {
             image_directory: self.layout.image(&row.image).display().to_string(),
             profile: row.profile.clone(),
             source: row.source.as_ref().map(|source| source.source.clone()),
+            begin,
         })
     }
 

@@ -5,10 +5,14 @@
 //! the next one finds them by their records and takes them up again.
 #![deny(unsafe_code)]
 
+mod activate;
 mod cgroup;
 mod console;
 mod disks;
 mod display;
+mod fork;
+mod frozen;
+mod identity;
 mod kept;
 pub mod layout;
 mod plug;
@@ -94,6 +98,8 @@ pub async fn run(options: Options) -> Result<()> {
         groups: cgroup::Groups::prepare(),
         boot_slots: Semaphore::new(cpus.max(2)),
         disks: disks::Disks::start(layout.clone())?,
+        substrates: frozen::Substrates::default(),
+        siblings: identity::Siblings::default(),
         layout: layout.clone(),
     });
     let socket = layout.host_socket();

@@ -8,10 +8,12 @@ use burgeon_api::{
     disk::DiskChanged,
     exec::{ExecSpec, Exit},
     host::DiskRequest,
+    substrate::Recipe,
 };
 use burgeon_guest::client::AgentClient;
 use burgeon_qemu::{
     command::{disk_device, disk_node, node_name},
+    memory::Base,
     process::{RunAs, run_as},
     qmp::Qmp,
 };
@@ -30,16 +32,23 @@ use crate::{
 const UNPLUG: Duration = Duration::from_secs(15);
 /// For a small command in the guest.
 const GUEST: Duration = Duration::from_secs(30);
+/// For a substrate's warm-up, and until its ready command succeeds; and between two tries of that.
+const WARM: Duration = Duration::from_secs(900);
+const READY: Duration = Duration::from_secs(300);
+const AGAIN: Duration = Duration::from_millis(100);
 /// How long a guest may take to find a new disk, before its name is left out of the answer.
 const APPEARS: Duration = Duration::from_secs(3);
 
-/// A VM whose disks may be changed: nobody else changes them, and it neither starts nor is removed, while this is held.
+/// A VM whose disks may be changed, or that may be captured: nobody else does, and it neither starts nor is removed,
+/// while this is held.
 pub(crate) struct Gate {
     pub(crate) _guard: OwnedMutexGuard<()>,
     pub(crate) record: Record,
     /// Where it runs.
     pub(crate) monitor: Option<Qmp>,
     pub(crate) agent: Option<AgentClient>,
+    /// What its memory began with, where that is known.
+    pub(crate) base: Option<Arc<Base>>,
 }
 
 /// Runs work that waits for files on a thread that may.
@@ -231,6 +240,15 @@ async fn unplug(monitor: &Qmp, disk: &str) -> Result<()> {
 
 /// Runs a shell's words in the guest: its exit code and what it said.
 async fn ask(agent: &AgentClient, script: &str, argument: &str) -> Result<(Option<i32>, String)> {
+    ask_within(agent, script, argument, GUEST).await
+}
+
+async fn ask_within(
+    agent: &AgentClient,
+    script: &str,
+    argument: &str,
+    patience: Duration,
+) -> Result<(Option<i32>, String)> {
     let words = ["sh", "-c", script, "sh", argument].map(String::from).to_vec();
     let spec = ExecSpec {
         argv: words,
@@ -238,17 +256,58 @@ async fn ask(agent: &AgentClient, script: &str, argument: &str) -> Result<(Optio
         cwd: Some("/".into()),
         user: None,
         terminal: None,
-        time_limit_ms: u64::try_from(GUEST.as_millis()).ok(),
+        time_limit_ms: u64::try_from(patience.as_millis()).ok(),
     };
     let asked = async {
-        let (said, _, exit) = agent.exec(spec).await?.output.collect(4096).await;
+        let (said, wrong, exit) = agent.exec(spec).await?.output.collect(4096).await;
+        let said = if said.is_empty() { wrong } else { said };
         let code = match exit {
             Exit::Code { code } => Some(code),
             _ => None,
         };
         Ok((code, String::from_utf8_lossy(&said).trim().to_string()))
     };
-    timeout(GUEST, asked).await.map_err(|_| Error::deadline("the guest did not answer in time"))?
+    // The guest keeps the time too, and ends the command.
+    let late = || Error::deadline(format!("the guest did not answer within {} s", patience.as_secs()));
+    timeout(patience + GUEST, asked).await.map_err(|_| late())?
+}
+
+impl Gate {
+    /// Has the guest made ready to be captured, as its recipe says.
+    ///
+    /// # Errors
+    /// What its commands say.
+    pub(crate) async fn warm_up(&self, recipe: &Recipe) -> Result<()> {
+        let name = &self.record.launch.name;
+        let agent = self.agent.as_ref().ok_or_else(|| Error::unavailable(format!("VM {name} has no agent")))?;
+        warm_up(agent, recipe).await
+    }
+}
+
+async fn warm_up(agent: &AgentClient, recipe: &Recipe) -> Result<()> {
+    let shown = |said: &str| burgeon_api::path_text::printable(said.get(..400).unwrap_or(said));
+    if let Some(warm) = &recipe.warm {
+        match ask_within(agent, warm, "", WARM).await? {
+            (Some(0), _) => {}
+            (code, said) => {
+                let code = code.map_or("a signal, or when its time was up".to_string(), |code| format!("code {code}"));
+                return Err(Error::refused(format!("the warm-up ended with {code}: {}", shown(&said))));
+            }
+        }
+    }
+    let Some(ready) = &recipe.ready else { return Ok(()) };
+    let until = Instant::now() + READY;
+    loop {
+        let said = match ask(agent, ready, "").await? {
+            (Some(0), _) => return Ok(()),
+            (_, said) => said,
+        };
+        if Instant::now() > until {
+            let seconds = READY.as_secs();
+            return Err(Error::deadline(format!("the guest was not ready within {seconds} s: {}", shown(&said))));
+        }
+        sleep(AGAIN).await;
+    }
 }
 
 /// A name that a guest tells is shown to people.

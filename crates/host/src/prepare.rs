@@ -2,20 +2,21 @@
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
+    os::{fd::AsRawFd, unix::fs::PermissionsExt},
     path::{Path, PathBuf},
 };
 
 use burgeon_api::{
-    ByteSize, Error, Result,
+    ByteSize, Error, Result, VmId,
     disk::MOST_ATTACHED,
-    host::Launch,
+    host::{Begin, Launch},
     image::{Boot, Image},
     vm::Accelerator,
 };
 use burgeon_qemu::{
     command::{DiskFrom, Machine, file},
     disk,
+    memory::Base,
     process::{RunAs, give_directory},
 };
 use sha2::{Digest, Sha256};
@@ -96,6 +97,30 @@ pub(crate) async fn prepare(
     give_directory(directory, run_as)
 }
 
+/// Makes the directory of a VM that goes on from a captured state. Its kernel is for when it is started again.
+pub(crate) fn prepare_activation(
+    layout: &Layout,
+    directory: &Path,
+    launch: &Launch,
+    source: VmId,
+    run_as: RunAs,
+) -> Result<()> {
+    let directory = &directory.join(file::QEMU_DIRECTORY);
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Error::io("clear the VM's directory", &error));
+        }
+        _ => fs::create_dir(directory).map_err(|error| Error::io("create the VM's directory", &error))?,
+    }
+    kept::share(&layout.vm(source), directory, launch)?;
+    give_directory(directory, run_as)
+}
+
+/// The machine of a VM that goes on from a captured state.
+pub(crate) fn activation(launch: &Launch, accelerator: Accelerator, attached: Vec<Attached>, base: &Base) -> Machine {
+    Machine { memory: Some(base.file().as_raw_fd()), ..machine(launch, accelerator, attached) }
+}
+
 /// The size of the VM's disk: the profile's wish, and never less than the image's.
 pub(crate) fn disk_size(launch: &Launch) -> ByteSize {
     let image = launch.image.disk.unwrap_or_default();
@@ -113,13 +138,23 @@ pub(crate) fn machine(launch: &Launch, accelerator: Accelerator, attached: Vec<A
         is_clone: launch.source.is_some(),
         seed: launch.image.boot == Boot::Firmware,
         init: launch.image.init.clone(),
-        kernel_parameters: launch.image.kernel_parameters.clone(),
+        kernel_parameters: kernel_parameters(launch),
         tsc_khz: burgeon_qemu::facts::tsc_khz(),
         translation_cache: ByteSize::mib(64),
         ports: MOST_ATTACHED,
         attached: attached.into_iter().map(|attached| (attached.disk, attached.port)).collect(),
         extra_disks: Vec::new(),
+        memory: None,
     }
+}
+
+fn kernel_parameters(launch: &Launch) -> Vec<String> {
+    let mut words = launch.image.kernel_parameters.clone();
+    if launch.begin == Begin::BootForSubstrate {
+        // What the guest has freed holds zeros, and zeros are not captured.
+        words.push("init_on_free=1".into());
+    }
+    words
 }
 
 /// The image's initramfs with this program's agent in front, made once per pair of them.

@@ -1,4 +1,4 @@
-//! `vm.json`: what a host process must know of a VM to find it again after its own death. Version 2.
+//! `vm.json`: what a host process must know of a VM to find it again after its own death. Version 3.
 
 use std::{
     fs,
@@ -9,6 +9,8 @@ use std::{
 use burgeon_api::{
     Error, Result,
     host::Launch,
+    receipt::Receipt,
+    substrate::Docked,
     vm::{Accelerator, Limit, Observed},
 };
 use burgeon_qemu::{
@@ -17,7 +19,9 @@ use burgeon_qemu::{
 };
 use serde::{Deserialize, Serialize};
 
-pub(crate) const FORMAT: u32 = 2;
+pub(crate) const FORMAT: u32 = 3;
+/// The oldest that reads: version 3 knows VMs that go on from captured states, which 2 has none of.
+const OLDEST: u32 = 2;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {
@@ -32,6 +36,12 @@ pub(crate) struct Record {
     /// The number of the last start after the first; 0: it was started once.
     #[serde(default)]
     pub starts: u32,
+    /// What it has shown of its identity, where it goes on from a captured state.
+    #[serde(default)]
+    pub receipt: Option<Receipt>,
+    /// What is kept of it, where it is a substrate.
+    #[serde(default)]
+    pub docked: Option<Docked>,
     /// How it ended, once it has.
     pub ended: Option<Observed>,
 }
@@ -42,14 +52,14 @@ impl Record {
         let bytes = fs::read(&path).map_err(|error| Error::io(format!("read {}", path.display()), &error))?;
         let record: Record = serde_json::from_slice(&bytes)
             .map_err(|error| Error::damaged(format!("{} does not read: {error}", path.display())))?;
-        if record.format != FORMAT {
+        if !(OLDEST..=FORMAT).contains(&record.format) {
             return Err(Error::refused(format!(
-                "{} has format {}; this Burgeon knows {FORMAT}",
+                "{} has format {}; this Burgeon knows {OLDEST} to {FORMAT}",
                 path.display(),
                 record.format
             )));
         }
-        Ok(record)
+        Ok(Record { format: FORMAT, ..record })
     }
 
     /// Replaces the file as a whole: a reader sees the old record or the new one.

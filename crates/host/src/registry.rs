@@ -16,13 +16,14 @@ use burgeon_qemu::process::{Process, host_boot_id, identity_of};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use crate::{
+    activate::Claim,
     record::{Record, find_unrecorded},
     start::Context,
     vm::{self, VmHandle, with_figures},
 };
 
 enum Ask {
-    Launch { launch: Box<Launch>, reply: oneshot::Sender<Result<()>> },
+    Launch { launch: Box<Launch>, claim: Option<Claim>, reply: oneshot::Sender<Result<()>> },
     Get { id: VmId, reply: oneshot::Sender<Option<VmHandle>> },
     List { reply: oneshot::Sender<Vec<HostVm>> },
 }
@@ -50,8 +51,9 @@ impl Registry {
         receiver.await.map_err(|_| gone())
     }
 
-    pub(crate) async fn launch(&self, launch: Launch) -> Result<()> {
-        self.ask(|reply| Ask::Launch { launch: Box::new(launch), reply }).await?
+    /// `claim`: what the VM goes on from, where that is not a substrate.
+    pub(crate) async fn launch(&self, launch: Launch, claim: Option<Claim>) -> Result<()> {
+        self.ask(|reply| Ask::Launch { launch: Box::new(launch), claim, reply }).await?
     }
 
     pub(crate) async fn get(&self, id: VmId) -> Result<VmHandle> {
@@ -79,13 +81,15 @@ async fn own(
         // A task that has ended was removed, with all that it left.
         vms.retain(|_, handle| !handle.commands.is_closed());
         match ask {
-            Ask::Launch { launch, reply } => {
+            Ask::Launch { launch, claim, reply } => {
                 let outcome = match vms.entry(launch.id) {
                     // Asked twice is as good as once.
                     Entry::Occupied(_) => Ok(()),
-                    Entry::Vacant(place) => vm::launch(context.clone(), *launch, changes.clone()).map(|handle| {
-                        place.insert(handle);
-                    }),
+                    Entry::Vacant(place) => {
+                        vm::launch(context.clone(), *launch, claim, changes.clone()).map(|handle| {
+                            place.insert(handle);
+                        })
+                    }
                 };
                 drop(reply.send(outcome));
             }
@@ -134,6 +138,10 @@ fn find_left_over(context: &Arc<Context>, changes: &broadcast::Sender<HostVm>) -
 /// Decides whether a recorded VM still runs: its process, or how it ended.
 fn look_for(directory: &Path, mut record: Record) -> (Record, Result<Arc<Process>, Observed>) {
     if let Some(ended) = record.ended.clone() {
+        if let Some(left_over) = record.process.as_ref().and_then(|process| Process::hold(process).ok()) {
+            // The host process died between writing the end down and bringing it about.
+            left_over.kill();
+        }
         return (record, Err(ended));
     }
     if record.process.is_none() {

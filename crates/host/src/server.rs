@@ -7,6 +7,7 @@ use burgeon_api::{
     disk::DiskChanged,
     host::{DiskRequest, Envelope, FileEntry, FileKind, FileRequest, Reply, Request, VERSION},
     http::Setting,
+    substrate::Recipe,
     vm::{HostVm, Observed},
 };
 use burgeon_guest::protocol::FileKind as GuestFileKind;
@@ -107,7 +108,7 @@ impl Connection {
                 reply(stream, &Reply::Vms(vms)).await
             }
             Request::Launch(launch) => {
-                self.registry.launch(*launch).await?;
+                self.registry.launch(*launch, None).await?;
                 reply(stream, &Reply::Done).await
             }
             Request::Start { vm, starts } => {
@@ -166,6 +167,19 @@ impl Connection {
                 self.agent(vm).await?.thaw().await?;
                 reply(stream, &Reply::Done).await
             }
+            Request::Dock { vm, recipe } => {
+                self.dock(vm, &recipe).await?;
+                reply(stream, &Reply::Done).await
+            }
+            Request::GiveUp { vm, reason } => {
+                self.ask_vm(vm, |done| Command::GiveUp { reason, done }).await??;
+                reply(stream, &Reply::Done).await
+            }
+            Request::Fork { vm, children, all_or_nothing } => {
+                let gate = self.ask_vm(vm, |reply| Command::Gate { reply }).await??;
+                let forked = gate.fork(&self.context, &self.registry, children, all_or_nothing).await?;
+                reply(stream, &Reply::Forked(forked)).await
+            }
             Request::Log { vm } => {
                 let handle = self.registry.get(vm).await?;
                 let text = tokio::task::spawn_blocking(move || console::log_text(&handle.directory))
@@ -185,6 +199,33 @@ impl Connection {
                     tracing::debug!("asked to leave already");
                 }
                 Ok(())
+            }
+        }
+    }
+
+    /// Makes a substrate of a VM. One that is docked already stays as it is.
+    async fn dock(&self, vm: VmId, recipe: &Recipe) -> Result<()> {
+        let handle = self.registry.get(vm).await?;
+        if handle.view.borrow().observed == Observed::Docked {
+            return Ok(());
+        }
+        // One who makes it at a time: another is told that somebody does.
+        let gate = self.ask_vm(vm, |reply| Command::Gate { reply }).await??;
+        let made = async {
+            gate.warm_up(recipe).await?;
+            let (docked, frozen) = gate.dock(&self.context).await?;
+            self.ask_vm(vm, |done| Command::Docked { docked: Box::new(docked), done }).await??;
+            Ok::<_, Error>(frozen)
+        };
+        match made.await {
+            Ok(frozen) => {
+                self.context.substrates.put(vm, frozen);
+                Ok(())
+            }
+            Err(error) => {
+                let reason = error.to_string();
+                self.ask_vm(vm, |done| Command::GiveUp { reason, done }).await??;
+                Err(error)
             }
         }
     }

@@ -17,12 +17,14 @@ use burgeon_api::{
     Error, ErrorKind, Result,
     host::Launch,
     image::Boot,
+    receipt::Receipt,
     vm::{Accelerator, GuestView, Limit, PhaseTime},
 };
 use burgeon_guest::client::{AgentClient, AgentEvent, Options as ChannelOptions};
 use burgeon_qemu::{
     command::{arguments, file},
     facts::Qemu,
+    memory::Base,
     probe::{self, Verdict, Wish},
     process::{self, Process, RunAs, log_tail},
     qmp::Qmp,
@@ -37,6 +39,9 @@ use crate::{
     cgroup::Groups,
     console::Console,
     disks::{Attached, Disks},
+    fork,
+    frozen::Substrates,
+    identity::Siblings,
     layout::Layout,
     plug::blocking,
     prepare,
@@ -48,7 +53,7 @@ use crate::{
 const BOOT_DEADLINE: Duration = Duration::from_secs(60);
 const BOOT_TRIES: u32 = 2;
 /// How long QEMU may take to open its sockets.
-const MONITOR_DEADLINE: Duration = Duration::from_secs(20);
+pub(crate) const MONITOR_DEADLINE: Duration = Duration::from_secs(20);
 
 /// What all VMs of this host process share.
 pub(crate) struct Context {
@@ -61,6 +66,8 @@ pub(crate) struct Context {
     /// Booting takes a whole CPU: more at once than there are CPUs only makes all of them late.
     pub(crate) boot_slots: Semaphore,
     pub(crate) disks: Arc<Disks>,
+    pub(crate) substrates: Substrates,
+    pub(crate) siblings: Siblings,
 }
 
 /// A VM that is up.
@@ -70,6 +77,9 @@ pub(crate) struct Up {
     pub(crate) console: Option<Console>,
     pub(crate) agent: Option<AgentClient>,
     pub(crate) guest: Option<GuestView>,
+    /// What its memory began with, where that is known.
+    pub(crate) base: Option<Arc<Base>>,
+    pub(crate) receipt: Option<Receipt>,
 }
 
 /// Told to the VM's task while the start goes on.
@@ -143,15 +153,19 @@ impl Context {
 }
 
 /// Times the phases of a start.
-struct Phases<'a> {
+pub(crate) struct Phases<'a> {
     tell: &'a (dyn Fn(Step) + Send + Sync),
     times: Vec<PhaseTime>,
     since: Instant,
     current: &'static str,
 }
 
-impl Phases<'_> {
-    fn enter(&mut self, phase: &'static str) {
+impl<'a> Phases<'a> {
+    pub(crate) fn new(tell: &'a (dyn Fn(Step) + Send + Sync)) -> Phases<'a> {
+        Phases { tell, times: Vec::new(), since: Instant::now(), current: "" }
+    }
+
+    pub(crate) fn enter(&mut self, phase: &'static str) {
         let now = Instant::now();
         if !self.current.is_empty() {
             let microseconds = u64::try_from((now - self.since).as_micros()).unwrap_or(u64::MAX);
@@ -172,7 +186,7 @@ pub(crate) async fn bring_up(
     tell: &(dyn Fn(Step) + Send + Sync),
 ) -> Result<Up> {
     let launch = &record.launch;
-    let mut phases = Phases { tell, times: Vec::new(), since: Instant::now(), current: "" };
+    let mut phases = Phases::new(tell);
     phases.enter("queued");
     let verdict = context.accelerator(launch).await?.clone();
     let slot = context.boot_slots.acquire().await;
@@ -215,6 +229,7 @@ async fn try_once(
         &directory.join(file::QEMU_DIRECTORY),
         &directory.join(file::QEMU_LOG),
         run_as,
+        None,
     )?;
     let process = Arc::new(Process::hold(&identity).map_err(|_| {
         Error::internal(format!("QEMU ended at once: {}", log_tail(&directory.join(file::QEMU_LOG), 600)))
@@ -255,9 +270,9 @@ async fn serve_disks(disks: &Arc<Disks>, launch: &Launch, run_as: RunAs, new: bo
 }
 
 /// Ends QEMU when a start fails or is given up half-way.
-struct KillUnlessUp {
-    process: Arc<Process>,
-    armed: bool,
+pub(crate) struct KillUnlessUp {
+    pub(crate) process: Arc<Process>,
+    pub(crate) armed: bool,
 }
 
 impl Drop for KillUnlessUp {
@@ -278,7 +293,7 @@ pub(crate) fn group_name(launch: &Launch) -> String {
     format!("burgeon-vm-{}", launch.id.short())
 }
 
-fn standing_limits(run_as: RunAs) -> [Limit; 2] {
+pub(crate) fn standing_limits(run_as: RunAs) -> [Limit; 2] {
     let user = match run_as {
         RunAs::User { number, .. } => ("enforced".to_string(), format!("QEMU runs as user {number}")),
         RunAs::Same if rustix::process::geteuid().is_root() => {
@@ -294,27 +309,13 @@ fn standing_limits(run_as: RunAs) -> [Limit; 2] {
 }
 
 async fn connect(directory: &Path, launch: &Launch, process: Arc<Process>, phases: &mut Phases<'_>) -> Result<Up> {
-    let opened = async {
-        let deadline = Instant::now() + MONITOR_DEADLINE;
-        let stream = connect_socket(&directory.join(file::QEMU_DIRECTORY).join(file::CONSOLE), deadline).await?;
-        let console = Console::attach(stream, directory);
-        let qmp = loop {
-            match Qmp::connect(&directory.join(file::QEMU_DIRECTORY).join(file::MONITOR), deadline).await {
-                Ok(qmp) => break qmp,
-                Err(error) if error.kind == ErrorKind::Unavailable && Instant::now() < deadline => {
-                    tokio::time::sleep(Duration::from_millis(2)).await;
-                }
-                Err(error) => return Err(error),
-            }
-        };
-        Ok((console, qmp))
-    };
+    let opened = connect_monitor(directory, Instant::now() + MONITOR_DEADLINE);
     let ended = || Error::internal(format!("QEMU ended: {}", log_tail(&directory.join(file::QEMU_LOG), 600)));
     let (console, qmp) = tokio::select! {
         opened = opened => opened?,
         () = process.ended() => return Err(ended()),
     };
-    let mut up = Up { process: process.clone(), qmp, console: Some(console), agent: None, guest: None };
+    let mut up = Up::without_guest(process.clone(), qmp, Some(console));
     if launch.image.boot == Boot::Firmware {
         return Ok(up);
     }
@@ -347,6 +348,21 @@ async fn connect(directory: &Path, launch: &Launch, process: Arc<Process>, phase
     Ok(up)
 }
 
+/// Connects to QEMU's console and monitor as soon as it listens.
+pub(crate) async fn connect_monitor(directory: &Path, deadline: Instant) -> Result<(Console, Qmp)> {
+    let stream = connect_socket(&directory.join(file::QEMU_DIRECTORY).join(file::CONSOLE), deadline).await?;
+    let console = Console::attach(stream, directory);
+    loop {
+        match Qmp::connect(&directory.join(file::QEMU_DIRECTORY).join(file::MONITOR), deadline).await {
+            Ok(qmp) => return Ok((console, qmp)),
+            Err(error) if error.kind == ErrorKind::Unavailable && Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
 async fn connect_socket(path: &Path, deadline: Instant) -> Result<UnixStream> {
     loop {
         match UnixStream::connect(path).await {
@@ -357,12 +373,17 @@ async fn connect_socket(path: &Path, deadline: Instant) -> Result<UnixStream> {
     }
 }
 
-async fn attach_agent(directory: &Path, name: &str, deadline: Instant) -> Result<(AgentClient, GuestView)> {
+/// Opens the channel to the agent and begins a session on it.
+pub(crate) async fn connect_agent(directory: &Path, name: &str, deadline: Instant) -> Result<AgentClient> {
     let stream = connect_socket(&directory.join(file::QEMU_DIRECTORY).join(file::AGENT), deadline).await?;
     let mut session = [0; 16];
     rustix::rand::getrandom(&mut session, rustix::rand::GetRandomFlags::empty())
         .map_err(|error| Error::io("take random bytes", &error.into()))?;
-    let client = AgentClient::connect(stream, ChannelOptions::new(session, name, clock_ns));
+    Ok(AgentClient::connect(stream, ChannelOptions::new(session, name, clock_ns)))
+}
+
+async fn attach_agent(directory: &Path, name: &str, deadline: Instant) -> Result<(AgentClient, GuestView)> {
+    let client = connect_agent(directory, name, deadline).await?;
     let mut events = client.events();
     let about = client.wait_ready(deadline).await?;
     // A failed start is told right behind the welcome: an answer that comes after it makes sure of that.
@@ -381,7 +402,7 @@ async fn attach_agent(directory: &Path, name: &str, deadline: Instant) -> Result
 
 /// Nanoseconds since 1970, for the guest's clock.
 #[expect(clippy::disallowed_methods, reason = "the shell that reads the clock")]
-fn clock_ns() -> u64 {
+pub(crate) fn clock_ns() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
@@ -399,11 +420,30 @@ pub(crate) async fn adopt(disks: &Arc<Disks>, directory: &Path, record: &Record,
         Ok(stream) => Some(Console::attach(stream, directory)),
         Err(_) => None,
     };
-    let mut up = Up { process, qmp, console, agent: None, guest: None };
+    let mut up = Up::without_guest(process, qmp, console);
+    if record.receipt.is_none() && launch.begin.is_activation() {
+        // It was being given its identity, and nobody knows how far that went.
+        up.process.kill();
+        return Err(Error::damaged("the host process ended before the VM had shown its receipt"));
+    }
+    let was_captured = fork::was_being_captured(directory);
+    if was_captured {
+        burgeon_qemu::state::go_on(&up.qmp).await?;
+    }
     if launch.image.boot == Boot::Agent {
         let (agent, guest) = attach_agent(directory, &launch.name, deadline).await?;
+        if was_captured {
+            agent.thaw().await?;
+            fork::capture_is_over(directory);
+        }
         up.agent = Some(agent);
         up.guest = Some(guest);
     }
     Ok(up)
+}
+
+impl Up {
+    fn without_guest(process: Arc<Process>, qmp: Qmp, console: Option<Console>) -> Up {
+        Up { process, qmp, console, agent: None, guest: None, base: None, receipt: None }
+    }
 }

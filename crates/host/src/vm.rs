@@ -27,6 +27,7 @@ use burgeon_api::{
     exec::{Exit, Frame},
     host::{Launch, StopMode},
     image::Boot,
+    substrate::Docked,
     vm::{Accelerator, HostVm, Observed},
 };
 use burgeon_guest::{client::AgentClient, protocol::StopHow};
@@ -40,7 +41,8 @@ use tokio::{
 };
 
 use crate::{
-    display,
+    activate::{self, Claim},
+    display, fork,
     plug::Gate,
     prepare::Disk,
     record::Record,
@@ -86,9 +88,19 @@ pub(crate) enum Command {
     EndSessions {
         done: oneshot::Sender<Result<()>>,
     },
-    /// The right to change the VM's disks, given to one at a time.
+    /// The right to change the VM's disks, and to capture it, given to one at a time.
     Gate {
         reply: oneshot::Sender<Result<Gate>>,
+    },
+    /// It is captured as a substrate: its process ends. From whom has the gate.
+    Docked {
+        docked: Box<Docked>,
+        done: oneshot::Sender<Result<()>>,
+    },
+    /// It is not what it should have become, and ends for this reason.
+    GiveUp {
+        reason: String,
+        done: oneshot::Sender<Result<()>>,
     },
     Record {
         reply: oneshot::Sender<Record>,
@@ -129,7 +141,12 @@ struct Owner {
 }
 
 /// Begins a launch: the directory is made and the record written before this returns.
-pub(crate) fn launch(context: Arc<Context>, launch: Launch, changes: broadcast::Sender<HostVm>) -> Result<VmHandle> {
+pub(crate) fn launch(
+    context: Arc<Context>,
+    launch: Launch,
+    claim: Option<Claim>,
+    changes: broadcast::Sender<HostVm>,
+) -> Result<VmHandle> {
     let directory = context.layout.vm(launch.id);
     std::fs::create_dir_all(&directory).map_err(|error| Error::io("create the VM's directory", &error))?;
     let record = Record {
@@ -141,11 +158,13 @@ pub(crate) fn launch(context: Arc<Context>, launch: Launch, changes: broadcast::
         limits: Vec::new(),
         adoptions: 0,
         starts: 0,
+        receipt: None,
+        docked: None,
         ended: None,
     };
     record.store(&directory)?;
     let observed = Observed::Starting { phase: "queued".into() };
-    Ok(spawn(context, directory, record, observed, changes, Begin::Launch))
+    Ok(spawn(context, directory, record, observed, changes, Begin::Launch(claim)))
 }
 
 /// Takes up a VM that an earlier host process has left.
@@ -166,7 +185,7 @@ pub(crate) fn resume(
 }
 
 enum Begin {
-    Launch,
+    Launch(Option<Claim>),
     Adopt(Arc<Process>),
     Ended,
 }
@@ -193,6 +212,8 @@ fn spawn(
         cpu_milliseconds: None,
         adoptions: record.adoptions,
         starts: record.starts,
+        receipt: record.receipt.clone(),
+        docked: record.docked.clone(),
     };
     let (commands, receiver) = mpsc::channel(64);
     let (view, view_receiver) = watch::channel(first.clone());
@@ -200,7 +221,7 @@ fn spawn(
     let adopting = matches!(begin, Begin::Adopt(_));
     let handle = VmHandle { commands, view: view_receiver, directory: directory.clone() };
     let starting = match begin {
-        Begin::Launch => Some(bring_up(&context, &directory, &record, Disk::New, step_sender)),
+        Begin::Launch(claim) => Some(bring_up(&context, &directory, &record, Disk::New, claim, step_sender)),
         Begin::Adopt(process) => Some(adopt(&context, directory.clone(), record.clone(), process)),
         Begin::Ended => None,
     };
@@ -233,6 +254,7 @@ fn bring_up(
     directory: &Path,
     record: &Record,
     disk: Disk,
+    claim: Option<Claim>,
     steps: mpsc::UnboundedSender<Step>,
 ) -> JoinHandle<Result<Up>> {
     let (context, directory, record) = (context.clone(), directory.to_path_buf(), record.clone());
@@ -241,7 +263,20 @@ fn bring_up(
             // The owner is gone only when the VM is being removed.
             drop(steps.send(step));
         };
-        start::bring_up(&context, &directory, &record, disk, &tell).await
+        let claim = match (claim, record.launch.begin) {
+            (Some(claim), _) => Some(claim),
+            // A VM that has stopped boots from its disk, however it began.
+            _ if disk == Disk::Kept => None,
+            (None, burgeon_api::host::Begin::Substrate) => Some(Claim::of_substrate(&context, &record.launch).await?),
+            (None, burgeon_api::host::Begin::Fork) => {
+                return Err(Error::unavailable("the instant that it was to go on from is gone"));
+            }
+            (None, _) => None,
+        };
+        match claim {
+            Some(claim) => activate::bring_up(&context, &directory, &record, claim, &tell).await,
+            None => start::bring_up(&context, &directory, &record, disk, &tell).await,
+        }
     })
 }
 
@@ -253,7 +288,7 @@ fn adopt(context: &Arc<Context>, directory: PathBuf, record: Record, process: Ar
 enum Met {
     Command(Option<Command>),
     Step(Step),
-    Up(Result<Up>),
+    Up(Box<Result<Up>>),
     Ended,
     Monitor(Option<Event>),
     StopOverdue,
@@ -276,7 +311,7 @@ impl Owner {
                 command = commands.recv() => Met::Command(command),
                 Some(step) = self.steps.recv() => Met::Step(step),
                 up = async { match &mut self.starting { Some(task) => task.await, None => std::future::pending().await } } =>
-                    Met::Up(up.unwrap_or_else(|error| Err(Error::internal(format!("the start was broken off: {error}"))))),
+                    Met::Up(Box::new(up.unwrap_or_else(|error| Err(Error::internal(format!("the start was broken off: {error}")))))),
                 () = async { match &process { Some(process) => process.ended().await, None => std::future::pending().await } } => Met::Ended,
                 event = async { match &mut self.monitor { Some(events) => events.recv().await, None => std::future::pending().await } } =>
                     Met::Monitor(match event { Ok(event) => Some(event), Err(broadcast::error::RecvError::Lagged(_)) => continue, Err(broadcast::error::RecvError::Closed) => None }),
@@ -294,7 +329,7 @@ impl Owner {
                 Met::Step(step) => self.note(step),
                 Met::Up(outcome) => {
                     self.starting = None;
-                    self.came_up(outcome);
+                    self.came_up(*outcome);
                     self.monitor = self.up.as_ref().map(|up| up.qmp.subscribe());
                 }
                 Met::Monitor(Some(event)) => self.hear(&event),
@@ -327,6 +362,8 @@ impl Owner {
             view.limits.clone_from(&self.record.limits);
             view.adoptions = self.record.adoptions;
             view.starts = self.record.starts;
+            view.receipt.clone_from(&self.record.receipt);
+            view.docked.clone_from(&self.record.docked);
         });
         // Nobody watching is no fault.
         drop(self.changes.send(self.view.borrow().clone()));
@@ -359,6 +396,11 @@ impl Owner {
                     self.store();
                 }
                 let guest = up.guest.clone();
+                if let Some(receipt) = up.receipt.clone() {
+                    self.record.receipt = Some(receipt);
+                    // Before anybody is told that it runs: the next host process ends one without.
+                    self.store();
+                }
                 self.up = Some(up);
                 let (disks, launch) = (self.context.disks.clone(), self.record.launch.clone());
                 tokio::spawn(async move {
@@ -566,12 +608,50 @@ impl Owner {
                 drop(done.send(Ok(())));
             }
             Command::Gate { reply } => drop(reply.send(self.gate())),
+            Command::Docked { docked, done } => {
+                let outcome = self.dock(*docked).await;
+                drop(done.send(outcome));
+            }
+            Command::GiveUp { reason, done } => {
+                if !burgeon_plan::vm::is_over(&self.view.borrow().observed) {
+                    self.end_process().await;
+                    self.finish(Observed::Failed { reason });
+                }
+                drop(done.send(Ok(())));
+            }
             Command::Record { reply } => drop(reply.send(self.record.clone())),
         }
     }
 
+    /// Its state is kept: the process is not needed any more.
+    async fn dock(&mut self, docked: Docked) -> Result<()> {
+        if self.up.is_none() {
+            return Err(Error::conflict("the VM ended while it was captured"));
+        }
+        let record = Record { docked: Some(docked), ended: Some(Observed::Docked), ..self.record.clone() };
+        record.store(&self.directory)?;
+        self.record = record;
+        self.end_process().await;
+        fork::capture_is_over(&self.directory);
+        self.finish(Observed::Docked);
+        Ok(())
+    }
+
+    async fn end_process(&mut self) {
+        self.kill();
+        if let Some(up) = self.up.take() {
+            up.process.ended().await;
+            drop(up.process.reap());
+        }
+        self.monitor = None;
+    }
+
     fn gate(&self) -> Result<Gate> {
         let (name, observed) = (&self.record.launch.name, self.view.borrow().observed.clone());
+        if observed == Observed::Docked {
+            return Err(Error::conflict(format!("{name} is a substrate: others go on from it as it is"))
+                .with_hint(format!("make a VM of it: burgeon vm create --substrate {name}")));
+        }
         let is_over = matches!(observed, Observed::Stopped { .. } | Observed::Failed { .. });
         if self.up.is_none() && !is_over || self.removing.is_some() || self.stopping.is_some() {
             let state = if self.stopping.is_some() { "stopping" } else { observed.name() };
@@ -586,6 +666,7 @@ impl Owner {
             record: self.record.clone(),
             monitor: self.up.as_ref().map(|up| up.qmp.clone()),
             agent: self.up.as_ref().and_then(|up| up.agent.clone()),
+            base: self.up.as_ref().and_then(|up| up.base.clone()),
         })
     }
 
@@ -610,7 +691,7 @@ impl Owner {
         self.guest_reason = None;
         let (sender, steps) = mpsc::unbounded_channel();
         self.steps = steps;
-        self.starting = Some(bring_up(&self.context, &self.directory, &self.record, Disk::Kept, sender));
+        self.starting = Some(bring_up(&self.context, &self.directory, &self.record, Disk::Kept, None, sender));
         self.publish(|view| {
             view.observed = Observed::Starting { phase: "queued".into() };
             view.guest = None;
@@ -699,6 +780,7 @@ impl Owner {
     fn remove(&mut self) {
         self.context.groups.remove(&group_name(&self.record.launch));
         let (disks, id) = (self.context.disks.clone(), self.record.launch.id);
+        self.context.substrates.forget(id);
         disks.close_all(id);
         let removed = match std::fs::remove_dir_all(&self.directory) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

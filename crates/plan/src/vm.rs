@@ -182,7 +182,7 @@ pub fn is_start_awaited(starts: u32, on_host: &HostVm) -> bool {
 /// Whether a VM has certainly ended.
 pub fn is_over(observed: &Observed) -> bool {
     match observed {
-        Observed::Stopped { .. } | Observed::Failed { .. } => true,
+        Observed::Stopped { .. } | Observed::Docked | Observed::Failed { .. } => true,
         Observed::Pending
         | Observed::Starting { .. }
         | Observed::Running
@@ -221,6 +221,10 @@ pub fn start(name: &str, intent: Intent, observed: &Observed, launched_before: b
             Err(Error::unavailable(format!("VM {name} cannot be started: whether it runs is not known ({reason})"))
                 .with_hint(format!("burgeon vm show {name} tells when it is known again")))
         }
+        (_, Observed::Docked) => refused(
+            "is a substrate, and never runs itself".into(),
+            format!("make a VM of it: burgeon vm create --substrate {name}"),
+        ),
         (_, Observed::Stopped { .. }) => Ok(if launched_before { Start::Again } else { Start::First }),
         (Intent::Running, Observed::Pending | Observed::Starting { .. } | Observed::Running) => Ok(Start::Nothing),
         (Intent::Stopped, Observed::Pending) if !launched_before => Ok(Start::First),

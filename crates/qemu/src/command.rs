@@ -107,6 +107,8 @@ pub struct Machine {
     pub attached: Vec<(String, u8)>,
     /// Raw block devices given to the guest beside its disk, read-only with a throw-away overlay.
     pub extra_disks: Vec<String>,
+    /// The descriptor that QEMU inherits with the guest's memory. Then it starts nothing: it waits for the devices' state.
+    pub memory: Option<i32>,
 }
 
 /// The arguments after the program's name.
@@ -117,7 +119,19 @@ pub fn arguments(machine: &Machine) -> Vec<String> {
 
     add(&["-name", &format!("guest={}", machine.name), "-uuid", &machine.uuid]);
     add(&["-nodefaults", "-no-user-config", "-display", "none"]);
-    add(&["-machine", "q35,vmport=off,smbus=off,hpet=on"]);
+    let board = "q35,vmport=off,smbus=off,hpet=on";
+    match machine.memory {
+        None => add(&["-machine", board]),
+        Some(descriptor) => {
+            let size = profile.memory.bytes();
+            // Private: what the guest writes goes to pages of its own.
+            let memory =
+                format!("memory-backend-file,id=memory,size={size},mem-path=/proc/self/fd/{descriptor},share=off");
+            add(&["-object", &memory, "-machine", &format!("{board},memory-backend=memory")]);
+            // The state of devices is saved without the section that names the machine.
+            add(&["-S", "-incoming", "defer", "-global", "migration.send-configuration=off"]);
+        }
+    }
     match machine.accelerator {
         Accelerator::Kvm => add(&["-accel", "kvm", "-cpu", "host"]),
         Accelerator::Tcg => {
@@ -137,7 +151,9 @@ pub fn arguments(machine: &Machine) -> Vec<String> {
         add(&["-device", "virtio-serial-pci,id=channel,max_ports=4"]);
         add(&["-chardev", &socket("agent", file::AGENT)]);
         add(&["-device", &format!("virtserialport,bus=channel.0,nr=1,chardev=agent,name={AGENT_PORT}")]);
-        add(&["-kernel", file::KERNEL, "-initrd", file::INITRAMFS, "-append", &kernel_command_line(machine)]);
+        if machine.memory.is_none() {
+            add(&["-kernel", file::KERNEL, "-initrd", file::INITRAMFS, "-append", &kernel_command_line(machine)]);
+        }
     }
     match machine.disk {
         Some(DiskFrom::Files) => {
@@ -244,7 +260,18 @@ mod tests {
             ports: 4,
             attached: vec![("data".into(), 2)],
             extra_disks: vec![],
+            memory: None,
         }
+    }
+
+    #[test]
+    fn a_machine_with_its_memory_starts_nothing() {
+        let words = arguments(&Machine { memory: Some(7), ..machine() }).join(" ");
+        assert!(
+            words.contains("mem-path=/proc/self/fd/7,share=off") && words.contains("-S -incoming defer"),
+            "{words}"
+        );
+        assert!(!words.contains("-kernel") && words.contains("memory-backend=memory"), "{words}");
     }
 
     #[test]

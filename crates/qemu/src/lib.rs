@@ -6,7 +6,9 @@
 pub mod command;
 pub mod disk;
 pub mod facts;
+pub mod memory;
 pub mod nbd;
 pub mod probe;
 pub mod process;
 pub mod qmp;
+pub mod state;

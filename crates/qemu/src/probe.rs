@@ -136,13 +136,14 @@ async fn guest_speaks(qemu: &Qemu, directory: &Path) -> Result<Duration> {
         ports: 0,
         attached: vec![],
         extra_disks: vec![],
+        memory: None,
     };
     let begun = Instant::now();
     // The same user as the VMs will have, so that the probe proves what will be done.
     let run_as = run_as(0, Accelerator::Kvm);
     let inside = directory.join(file::QEMU_DIRECTORY);
     give_directory(&inside, run_as)?;
-    let identity = start(&qemu.program, &arguments(&machine), &inside, &directory.join(file::QEMU_LOG), run_as)?;
+    let identity = start(&qemu.program, &arguments(&machine), &inside, &directory.join(file::QEMU_LOG), run_as, None)?;
     let process = Process::hold(&identity)?;
     let spoken = async {
         let mut agent = loop {

@@ -5,7 +5,7 @@ use std::{
     fs,
     io::{self, Read},
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::process::CommandExt,
     },
     path::{Path, PathBuf},
@@ -115,12 +115,19 @@ impl Process {
 
 /// Starts QEMU in `directory` with `arguments`.
 ///
-/// It gets a session of its own and no descriptor of ours, so that it outlives this process; what it
+/// It gets a session of its own and no descriptor of ours but `inherited`, so that it outlives this process; what it
 /// says goes to `log`, which lies outside that directory.
 ///
 /// # Errors
 /// `Internal` or `Refused` with the system's reason.
-pub fn start(program: &Path, arguments: &[String], directory: &Path, log: &Path, run_as: RunAs) -> Result<Identity> {
+pub fn start(
+    program: &Path,
+    arguments: &[String],
+    directory: &Path,
+    log: &Path,
+    run_as: RunAs,
+    inherited: Option<BorrowedFd<'_>>,
+) -> Result<Identity> {
     let output = fs::File::create(log).map_err(|error| Error::io(format!("create {}", log.display()), &error))?;
     let errors = output.try_clone().map_err(|error| Error::io("share QEMU's log", &error))?;
     // Opened now: below a home directory of mode 0700 the path would not be reachable for another user.
@@ -128,7 +135,13 @@ pub fn start(program: &Path, arguments: &[String], directory: &Path, log: &Path,
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::null()).stdout(output).stderr(errors);
     command.env_clear().env("PATH", "/usr/bin:/bin").env("LANG", "C.UTF-8");
+    let inherited = inherited.map(|inherited| inherited.as_raw_fd());
     let prepare = move || -> io::Result<()> {
+        if let Some(number) = inherited {
+            // SAFETY: the caller borrows it to this function, which outlives the child's way to its program.
+            let inherited = unsafe { BorrowedFd::borrow_raw(number) };
+            rustix::io::fcntl_setfd(inherited, rustix::io::FdFlags::empty())?;
+        }
         rustix::process::fchdir(&entered)?;
         rustix::process::setsid()?;
         let none = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
@@ -141,6 +154,10 @@ pub fn start(program: &Path, arguments: &[String], directory: &Path, log: &Path,
             let (group, user) = (rustix::process::Gid::from_raw(number), rustix::process::Uid::from_raw(number));
             rustix::thread::set_thread_res_gid(group, group, group)?;
             rustix::thread::set_thread_res_uid(user, user, user)?;
+        }
+        if run_as == RunAs::Same {
+            // The host process, and the one after it, read the guest's memory; Yama else lets only parents do that.
+            let _there_may_be_no_yama = rustix::process::set_ptracer(rustix::process::PTracer::Any);
         }
         rustix::thread::set_no_new_privs(true)?;
         Ok(())
@@ -237,6 +254,7 @@ mod tests {
             directory.path(),
             &directory.path().join("log"),
             run_as(7, Accelerator::Tcg),
+            None,
         )
         .unwrap();
         let process = Process::hold(&identity).unwrap();

@@ -8,6 +8,7 @@ use burgeon_api::{
     http::RunPipeline,
     pipeline::{FileEntry, PipelineView},
     profile::Profile,
+    substrate::Recipe,
     vm::{Intent, Observed},
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -36,6 +37,8 @@ pub struct VmRow {
     pub starts: u32,
     /// Where its disk is cloned from, for a clone.
     pub source: Option<CloneSource>,
+    /// How it is made a substrate, where it is to be one.
+    pub substrate: Option<Recipe>,
 }
 
 /// The VM that another one is cloned from, and the image that this one was started from: its kernel fits the disk,
@@ -44,6 +47,9 @@ pub struct VmRow {
 pub struct CloneSource {
     pub source: burgeon_api::host::Source,
     pub image: burgeon_api::image::Image,
+    /// Whether it takes over the other's memory too.
+    #[serde(default)]
+    pub begin: burgeon_api::host::Begin,
 }
 
 /// A row of `pipeline`.
@@ -100,7 +106,7 @@ impl Meta {
                         .with_hint(format!("choose another name, or remove it: burgeon vm rm {}", row.name)));
                 }
                 connection.execute(
-                    "INSERT INTO vm VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
+                    "INSERT INTO vm VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
                     &[
                         row.id.to_string().into(),
                         row.name.as_str().into(),
@@ -114,6 +120,7 @@ impl Meta {
                         row.created_s.into(),
                         u64::from(row.starts).into(),
                         row.source.as_ref().map(to_json).into(),
+                        row.substrate.as_ref().map(to_json).into(),
                     ],
                 )?;
                 Ok(row.clone())
@@ -408,6 +415,7 @@ fn read_vm(row: &Row) -> Result<VmRow> {
         created_s: row.unsigned(9)?,
         starts: u32::try_from(row.unsigned(10)?).unwrap_or(u32::MAX),
         source: row.optional_text(11)?.map(from_json).transpose()?,
+        substrate: row.optional_text(12)?.map(from_json).transpose()?,
     })
 }
 
@@ -447,6 +455,7 @@ mod tests {
             created_s: 5,
             starts: 0,
             source: None,
+            substrate: None,
         }
     }
 

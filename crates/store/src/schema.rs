@@ -13,7 +13,7 @@ pub(crate) static META: Component = Component {
 };
 
 /// One entry per version; entry n brings version n to n + 1. In SQLite's words, translated for PostgreSQL by `sql`.
-const MIGRATIONS: [&str; 3] = [FIRST, SECOND, THIRD];
+const MIGRATIONS: [&str; 4] = [FIRST, SECOND, THIRD, FOURTH];
 
 pub(crate) const FIRST: &str = "
     CREATE TABLE vm (
@@ -53,4 +53,9 @@ const SECOND: &str = "
 /// VMs that are clones of others.
 const THIRD: &str = "
     ALTER TABLE vm ADD COLUMN source TEXT;
+";
+
+/// Substrates.
+const FOURTH: &str = "
+    ALTER TABLE vm ADD COLUMN substrate TEXT;
 ";

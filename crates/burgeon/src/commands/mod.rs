@@ -12,6 +12,7 @@ mod image_serve;
 mod pipeline;
 mod serve;
 mod store;
+mod substrate;
 mod vm;
 
 use std::path::PathBuf;
@@ -53,6 +54,10 @@ pub(crate) async fn run(arguments: Arguments) -> Result<u8> {
         Command::Exec(arguments) | Command::Vm(VmCommand::Exec(arguments)) => exec::exec(&context, arguments).await,
         Command::Shell(arguments) | Command::Vm(VmCommand::Shell(arguments)) => exec::shell(&context, arguments).await,
         Command::Logs(name) | Command::Vm(VmCommand::Logs(name)) => vm::logs(&context, &name.vm).await,
+        Command::Fork(arguments) | Command::Vm(VmCommand::Fork(arguments)) => {
+            substrate::fork(&context, arguments).await
+        }
+        Command::Substrate(command) => substrate::run(&context, command).await,
         Command::Vm(VmCommand::Disk(command)) => disk::run(&context, command).await,
         Command::Vm(command) => vm::run(&context, command).await,
         Command::Image(command) => image::run(&context, command).await,

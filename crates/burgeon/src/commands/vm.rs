@@ -28,7 +28,11 @@ use crate::{
 
 pub(super) async fn run(context: &Context, command: VmCommand) -> Result<u8> {
     match command {
-        VmCommand::Create { image, name, profile, ssh_key, user, no_wait } => {
+        VmCommand::Create { substrate: Some(substrate), name, count, no_wait, .. } => {
+            super::substrate::activate(context, &substrate, name, count, !no_wait).await
+        }
+        VmCommand::Create { image, name, profile, ssh_key, user, no_wait, .. } => {
+            let image = image.ok_or_else(|| Error::invalid("neither an image nor a substrate is named"))?;
             let mut profile = read_profile(&profile)?;
             if !ssh_key.is_empty() {
                 profile.login = Some(read_login(&ssh_key, user)?);
@@ -44,10 +48,16 @@ pub(super) async fn run(context: &Context, command: VmCommand) -> Result<u8> {
         VmCommand::Start { vms, no_wait } => start(context, &vms, !no_wait).await,
         VmCommand::Stop { vms, force } => stop(context, &vms, force).await,
         VmCommand::Rm { vms, force } => remove(context, &vms, force).await,
+        VmCommand::Receipt(VmName { vm }) => super::substrate::receipt(context, &vm).await,
         VmCommand::Freeze(VmName { vm }) => verb(context, &vm, "freeze").await,
         VmCommand::Thaw(VmName { vm }) => verb(context, &vm, "thaw").await,
         // These have short forms, and are met before.
-        VmCommand::Ls(_) | VmCommand::Exec(_) | VmCommand::Shell(_) | VmCommand::Logs(_) | VmCommand::Disk(_) => Ok(2),
+        VmCommand::Fork(_)
+        | VmCommand::Ls(_)
+        | VmCommand::Exec(_)
+        | VmCommand::Shell(_)
+        | VmCommand::Logs(_)
+        | VmCommand::Disk(_) => Ok(2),
     }
 }
 
@@ -55,7 +65,7 @@ pub(super) fn path(vm: &str) -> String {
     format!("/v1/vms/{}", escape(vm))
 }
 
-fn read_profile(text: &str) -> Result<Profile> {
+pub(super) fn read_profile(text: &str) -> Result<Profile> {
     if !text.contains('/') && !text.ends_with(".toml") {
         return Profile::named(text);
     }
@@ -142,7 +152,7 @@ async fn wait_until_decided(client: &Client, vm: &VmView) -> Result<VmView> {
     client.get(&format!("{}/wait", path(&vm.id.to_string()))).await
 }
 
-async fn wait_until_up(client: &Client, vm: &VmView) -> Result<VmView> {
+pub(super) async fn wait_until_up(client: &Client, vm: &VmView) -> Result<VmView> {
     let up = wait_until_decided(client, vm).await?;
     match &up.observed {
         Observed::Failed { reason } | Observed::Stopped { reason } => {

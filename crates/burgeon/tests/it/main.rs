@@ -12,4 +12,5 @@ mod images;
 mod kills;
 mod lab;
 mod pipelines;
+mod substrates;
 mod vms;

@@ -7,7 +7,7 @@ use axum::{
 use burgeon_api::{
     Error, VmId,
     disk::{AttachDisk, CloneVm, DetachDisk, DiskChanged, DiskChanges, DiskView, NameSnapshot, ResizeDisk, check_name},
-    host::{DiskRequest, Source},
+    host::{Begin, DiskRequest, Source},
     vm::{Intent, Observed, VmView},
 };
 use burgeon_store::meta::{CloneSource, VmRow};
@@ -182,7 +182,12 @@ async fn clone(
         version: 1,
         created_s: now_s(),
         starts: 0,
-        source: Some(CloneSource { source: Source { vm: source.id, snapshot: request.snapshot }, image }),
+        source: Some(CloneSource {
+            source: Source { vm: source.id, snapshot: request.snapshot },
+            image,
+            begin: Begin::Boot,
+        }),
+        substrate: None,
     };
     let row = state.create_vm(row).await?;
     Ok(Json(state.view(row)))

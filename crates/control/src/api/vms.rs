@@ -20,7 +20,10 @@ use serde::Deserialize;
 use tokio::time::timeout;
 
 use super::{Answer, Routes};
-use crate::state::{Shared, now_s};
+use crate::{
+    state::{Shared, now_s},
+    substrates,
+};
 
 /// How long a request waits for a VM to come up or to vanish.
 const LONGEST_WAIT: Duration = Duration::from_secs(180);
@@ -56,7 +59,8 @@ pub(super) fn add(routes: &mut Routes) {
 }
 
 async fn list(State(state): State<Shared>) -> Answer<Json<Vec<VmView>>> {
-    Ok(Json(state.views().await?))
+    let vms = state.views().await?;
+    Ok(Json(vms.into_iter().filter(|vm| !vm.is_substrate).collect()))
 }
 
 async fn make(State(state): State<Shared>, Json(request): Json<CreateVm>) -> Answer<Json<VmView>> {
@@ -77,6 +81,7 @@ async fn make(State(state): State<Shared>, Json(request): Json<CreateVm>) -> Ans
         created_s: now_s(),
         starts: 0,
         source: None,
+        substrate: None,
     };
     let row = state.create_vm(row).await?;
     Ok(Json(state.view(row)))
@@ -125,11 +130,12 @@ fn expected(headers: &HeaderMap) -> Result<Option<u64>> {
     text.parse().map(Some).map_err(|_| Error::invalid("If-Match holds no version of a VM"))
 }
 
-async fn remove(State(state): State<Shared>, Path(vm): Path<String>, headers: HeaderMap) -> Answer<()> {
+pub(super) async fn remove(State(state): State<Shared>, Path(vm): Path<String>, headers: HeaderMap) -> Answer<()> {
     let row = match state.meta.vm(&vm).await {
         Err(error) if error.kind == ErrorKind::Damaged => return Ok(remove_damaged(&state, &vm).await?),
         row => row?,
     };
+    substrates::check_removal(&state, &row).await?;
     state.intend(row.id, Intent::Removed, expected(&headers)?).await?;
     let vanished = async {
         loop {

@@ -524,6 +524,7 @@ impl VmStart {
             created_s: now_s(),
             starts: 0,
             source: None,
+            substrate: None,
         };
         let id = match self.state.meta.vm(&self.name).await {
             Ok(left) if left.pipeline == Some(self.run) && left.intent == Intent::Running => left.id,

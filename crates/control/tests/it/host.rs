@@ -129,6 +129,8 @@ impl Host {
                     cpu_milliseconds: None,
                     adoptions: 0,
                     starts: 0,
+                    receipt: None,
+                    docked: None,
                 };
                 self.vms.lock().unwrap().entry(vm.id).or_insert(vm);
             }

@@ -20,7 +20,8 @@ use super::{
     task::{self, Ask, FileEvent, Note, Sink, State},
 };
 use crate::protocol::{
-    About, Answer, BEST_PAYLOAD, CREDIT_BATCH, Exec, Failure, FailureKind, FileEntry, Request, StopHow, cost,
+    About, Answer, BEST_PAYLOAD, CREDIT_BATCH, Exec, Failure, FailureKind, FileEntry, Identity, Receipt, Request,
+    StopHow, cost,
 };
 
 /// Entries that [`AgentClient::list`] takes from a guest.
@@ -301,6 +302,25 @@ impl AgentClient {
     /// `Refused`, `Deadline`, `Unavailable`.
     pub async fn thaw(&self) -> Result<()> {
         self.ask_done(Request::Thaw).await
+    }
+
+    /// Has a frozen guest bring its files to its disks and give memory back, before it is captured.
+    ///
+    /// # Errors
+    /// `Refused`, `Deadline`, `Unavailable`; what the guest's file systems say.
+    pub async fn settle(&self, generalise: bool) -> Result<()> {
+        self.ask_done(Request::Settle { generalise }).await
+    }
+
+    /// Makes of a guest that goes on from a captured state another machine; what it shows of that.
+    ///
+    /// # Errors
+    /// Whatever kept it from that: it may be neither the one nor the other now, and must not go on.
+    pub async fn renew(&self, identity: Identity) -> Result<Receipt> {
+        match self.ask(Request::Renew(identity), None, None).await?.0 {
+            Answer::Receipt(receipt) => Ok(receipt),
+            _ => Err(strange()),
+        }
     }
 
     /// Asks the guest to stop. The answer means that it has begun to.

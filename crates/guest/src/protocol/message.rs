@@ -76,6 +76,49 @@ pub enum Request {
     },
     /// Makes mounted file systems as large as their disks.
     Grow,
+    /// With the workload frozen, before the guest is captured: brings files to their disks, and gives back what memory
+    /// only saves time.
+    Settle {
+        /// Removes what makes it a certain machine: its id, host keys, seeds, leases.
+        generalise: bool,
+    },
+    /// Makes of a guest that goes on from a captured state the machine that it shall be. Its workload is frozen still.
+    Renew(Identity),
+}
+
+/// Who a guest shall be.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// New for every machine that ever goes on from a captured state.
+    pub generation: [u8; 16],
+    /// For the kernel's generator, which takes it as full entropy: 64 bytes.
+    pub entropy: Vec<u8>,
+    /// Nanoseconds since 1970.
+    pub time_ns: u64,
+    pub host_name: String,
+    /// Absent: it keeps the one it has.
+    pub machine_id: Option<[u8; 16]>,
+    /// For its network cards, in the order of their indexes.
+    pub hardware_addresses: Vec<[u8; 6]>,
+    /// Whether TCP connections that the captured state holds are ended.
+    pub end_connections: bool,
+}
+
+/// What a guest shows of its new identity.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Receipt {
+    pub generation: [u8; 16],
+    /// From its generator, drawn for this and nothing else.
+    pub sample: [u8; 16],
+    /// Nanoseconds since 1970, by its clock.
+    pub time_ns: u64,
+    pub host_name: String,
+    pub machine_id: String,
+    pub boot_id: String,
+    pub hardware_addresses: Vec<[u8; 6]>,
+    pub ended_connections: u32,
+    /// The image's programs in `/etc/burgeon/on-clone.d` that have run, and their microseconds.
+    pub hooks: Vec<(String, u64)>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -169,6 +212,7 @@ pub enum Answer {
     File { mode: u32, size: u64 },
     Entries { entries: Vec<FileEntry>, more: bool },
     Figures(Figures),
+    Receipt(Receipt),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

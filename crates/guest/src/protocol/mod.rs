@@ -68,5 +68,5 @@ pub use frame::{
 };
 pub use message::{
     About, Answer, Exec, ExitStatus, Failure, FailureKind, Figures, FileEntry, FileKind, GuestMessage, Hello,
-    HostMessage, Request, StopHow, TerminalSize,
+    HostMessage, Identity, Receipt, Request, StopHow, TerminalSize,
 };

@@ -5,6 +5,7 @@
 //! whatever becomes of the image. Calls block.
 
 mod attached;
+mod late;
 mod storing;
 mod verbs;
 
@@ -20,7 +21,7 @@ pub(crate) use attached::Attached;
 use burgeon_api::{Error, Result, VmId, disk::ROOT, host::Launch, store::Problem};
 use burgeon_qemu::{
     command::{file, socket_name},
-    nbd::{Owner, Server},
+    nbd::{Export, Owner, Server},
 };
 use burgeon_store::{
     ChunkId,
@@ -28,6 +29,7 @@ use burgeon_store::{
     chunk_store::{ChunkStore, Source, read_cache},
     disk::{Base, Disk, ImageBase, Nothing, Stack},
 };
+use late::Late;
 pub(crate) use verbs::Begin;
 
 use crate::{layout::Layout, prepare};
@@ -36,6 +38,8 @@ use crate::{layout::Layout, prepare};
 const DISKS: &str = "disks";
 /// A disk that is being removed has a name that begins so, which none can have.
 const REMOVED: &str = ".removed-";
+/// In names of roots, where disks have theirs.
+const MEMORY: &str = ".memory";
 /// Roots of VMs' disks.
 const ROOT_KIND: &str = "disk";
 /// Which parts of an image its first start read; beside the cache of the image.
@@ -69,7 +73,8 @@ pub fn disk_roots(layout: &Layout, problems: &mut Vec<Problem>) -> Result<Vec<(S
     let mut roots = Vec::new();
     for entry in fs::read_dir(layout.vms()).map_err(failed)? {
         let vm = entry.map_err(failed)?.path();
-        let id = crate::record::Record::load(&vm).map(|record| record.launch.id);
+        let record = crate::record::Record::load(&vm);
+        let id = record.as_ref().map(|record| record.launch.id).map_err(Error::clone);
         for disk in fs::read_dir(vm.join(DISKS)).into_iter().flatten().flatten().map(|entry| entry.path()) {
             let name = disk.file_name().unwrap_or_default().to_string_lossy().into_owned();
             if name.starts_with('.') || !disk.is_dir() {
@@ -86,12 +91,21 @@ pub fn disk_roots(layout: &Layout, problems: &mut Vec<Problem>) -> Result<Vec<(S
                 }),
             }
         }
+        roots.extend(record.ok().and_then(|record| memory_root(&record)));
     }
     Ok(roots)
 }
 
+/// The root that keeps the memory of a substrate, by name.
+fn memory_root(record: &crate::record::Record) -> Option<(String, ChunkId)> {
+    let map = record.docked.as_ref()?.map.parse().ok()?;
+    Some((root_name(&(record.launch.id, MEMORY.to_string()), map), map))
+}
+
 struct Served {
-    _disk: Arc<Disk>,
+    /// It is served, and not open elsewhere: kept so that there is one of it.
+    _disk: Option<Arc<Disk>>,
+    late: Option<Arc<Late>>,
     server: Server,
 }
 
@@ -153,7 +167,7 @@ impl Disks {
         Ok(disks)
     }
 
-    fn store(&self) -> Result<&Arc<ChunkStore>> {
+    pub(crate) fn store(&self) -> Result<&Arc<ChunkStore>> {
         if let Some(store) = self.store.get() {
             return Ok(store);
         }
@@ -304,12 +318,73 @@ impl Disks {
             return Ok(());
         }
         let disk = self.disk(key)?;
+        let server = self.server(key, disk.clone(), owner)?;
+        lock(&self.served).insert(key.clone(), Served { _disk: Some(disk), late: None, server });
+        Ok(())
+    }
+
+    fn server(&self, key: &Key, export: Arc<dyn Export>, owner: Option<u32>) -> Result<Server> {
         let vm = self.layout.vm(key.0);
         let name = socket_name(&key.1);
         let made_at = vm.join(&name);
         let owner = owner.map(|user| Owner { user, made_at: &made_at });
-        let server = Server::start(&vm.join(file::QEMU_DIRECTORY).join(&name), disk.clone(), owner)?;
-        lock(&self.served).insert(key.clone(), Served { _disk: disk, server });
+        Server::start(&vm.join(file::QEMU_DIRECTORY).join(&name), export, owner)
+    }
+
+    /// Seals the disks that a VM has plugged in, so that all of what they hold now lies below what is written later.
+    pub(crate) fn seal_all(&self, id: VmId) -> Result<()> {
+        let names = self.names(id);
+        names.into_iter().try_for_each(|name| self.disk(&(id, name))?.seal().map(drop))
+    }
+
+    /// The root that keeps a captured VM's memory. No disk can have its name.
+    pub(crate) fn memory_root(id: VmId, map: ChunkId) -> NewRoot {
+        new_root(&(id, MEMORY.to_string()), map)
+    }
+
+    /// Serves the disks of a VM that goes on from a captured state of `source`, before they are made.
+    pub(crate) fn serve_late(&self, launch: &Launch, source: VmId, owner: Option<u32>) -> Result<()> {
+        for name in self.in_use(launch, source)? {
+            let late = Arc::new(Late::new(self.disk(&(source, name.clone()))?));
+            let key = (launch.id, name);
+            let server = self.server(&key, late.clone(), owner)?;
+            lock(&self.served).insert(key, Served { _disk: None, late: Some(late), server });
+        }
+        Ok(())
+    }
+
+    /// Names of the disks that a VM of this image has plugged in.
+    fn in_use(&self, launch: &Launch, source: VmId) -> Result<Vec<String>> {
+        let beside = self.attached(source)?.into_iter().map(|attached| attached.disk);
+        Ok(root(launch)?.map(|_| ROOT.to_string()).into_iter().chain(beside).collect())
+    }
+
+    /// Makes the disks of a VM clones of those that `source` has plugged in.
+    pub(crate) fn clone_all(&self, launch: &Launch, source: VmId) -> Result<()> {
+        let attached = self.attached(source)?;
+        for name in self.in_use(launch, source)? {
+            let key = (launch.id, name);
+            let from = self.disk(&(source, key.1.clone()))?;
+            let directory = self.make_directory(&key)?;
+            let mut keep = |map| self.keep(&key, map);
+            let disk = from.clone_to(&directory, None, &mut keep, &self.open_base())?;
+            if disk.record().unstored().is_some() {
+                self.store_soon(&key);
+            }
+        }
+        if attached.is_empty() { Ok(()) } else { attached::store(&self.of_vm(launch.id), attached) }
+    }
+
+    /// Puts a VM's disks, which are made now, in the place of what is served for them.
+    pub(crate) fn bind_all(&self, id: VmId) -> Result<()> {
+        let late: Vec<(Key, Arc<Late>)> = lock(&self.served)
+            .iter()
+            .filter(|(key, _)| key.0 == id)
+            .filter_map(|(key, served)| Some((key.clone(), served.late.clone()?)))
+            .collect();
+        for (key, late) in late {
+            late.bind(self.disk(&key)?);
+        }
         Ok(())
     }
 
@@ -365,6 +440,10 @@ impl Disks {
         let mut unread: HashSet<String> = HashSet::new();
         for id in vms {
             self.finish_removals(*id);
+            match crate::record::Record::load(&self.layout.vm(*id)) {
+                Ok(record) => kept.extend(memory_root(&record).map(|(name, _)| name)),
+                Err(_) => drop(unread.insert(format!("{id}/"))),
+            }
             for name in self.names(*id) {
                 let key = (*id, name);
                 match Disk::record_in(&self.directory(&key)) {

@@ -29,6 +29,8 @@ fn host_vm(number: u8, observed: Observed) -> HostVm {
         cpu_milliseconds: None,
         adoptions: 0,
         starts: 0,
+        receipt: None,
+        docked: None,
     }
 }
 

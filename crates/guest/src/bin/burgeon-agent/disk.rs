@@ -58,6 +58,19 @@ pub(crate) fn renew(root: &Path, instance: &str) -> io::Result<()> {
     if fs::read_to_string(&marker).is_ok_and(|known| known.trim() == instance) {
         return Ok(());
     }
+    forget_own(root)?;
+    if let Some(parent) = marker.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    // Last: where it breaks off before, the next start does all of it.
+    rustix::fs::sync();
+    fs::write(&marker, format!("{instance}\n"))?;
+    console("this is a clone: its machine id and host keys are made anew");
+    Ok(())
+}
+
+/// Removes what makes the system below `root` a certain machine.
+pub(crate) fn forget_own(root: &Path) -> io::Result<()> {
     for path in OWN {
         remove(&root.join(path))?;
     }
@@ -72,13 +85,6 @@ pub(crate) fn renew(root: &Path, instance: &str) -> io::Result<()> {
         remove(&machine_id)?;
         fs::write(&machine_id, "")?;
     }
-    if let Some(parent) = marker.parent() {
-        fs::create_dir_all(parent)?;
-    }
-    // Last: where it breaks off before, the next start does all of it.
-    rustix::fs::sync();
-    fs::write(&marker, format!("{instance}\n"))?;
-    console("this is a clone: its machine id and host keys are made anew");
     Ok(())
 }
 

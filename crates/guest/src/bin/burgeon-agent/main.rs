@@ -13,6 +13,7 @@ mod each;
 mod exec;
 mod files;
 mod freeze;
+mod identity;
 mod spawn;
 mod sys;
 mod system;

@@ -277,3 +277,47 @@ pub(crate) fn grow_ext4(directory: &impl AsFd, blocks: u64) -> io::Result<()> {
     let outcome = unsafe { libc::ioctl(directory.as_fd().as_raw_fd(), RESIZE as _, &raw const blocks) };
     if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
+
+/// Gives the kernel's generator bytes that it takes as full entropy, and has it begin anew with them.
+pub(crate) fn add_entropy(generator: &impl AsFd, entropy: &[u8; 64]) -> io::Result<()> {
+    // linux/random.h: RNDADDENTROPY is _IOW('R', 3, int[2]), RNDRESEEDCRNG is _IO('R', 7).
+    const ADD: u32 = 0x4008_5203;
+    const BEGIN_ANEW: u32 = 0x5207;
+    #[repr(C)]
+    struct Pool {
+        bits: i32,
+        bytes: i32,
+        content: [u8; 64],
+    }
+    let pool = Pool { bits: 512, bytes: 64, content: *entropy };
+    let generator = generator.as_fd().as_raw_fd();
+    // SAFETY: the call reads a header of two ints and as many bytes behind it as that says, all of them in `pool`.
+    if unsafe { libc::ioctl(generator, ADD as _, &raw const pool) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call takes no argument.
+    if unsafe { libc::ioctl(generator, BEGIN_ANEW as _, 0) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Gives a network card another hardware address. A card of virtio takes it while it is up.
+pub(crate) fn set_hardware_address(socket: &impl AsFd, name: &str, address: [u8; 6]) -> io::Result<()> {
+    // SAFETY: ifreq is plain numbers and a union of such, for which zeros are valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    let mut data = [0; 14];
+    for (to, from) in data.iter_mut().zip(address) {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_hwaddr = libc::sockaddr { sa_family: libc::ARPHRD_ETHER, sa_data: data };
+    // SAFETY: the request lives across the call, and its name ends with a zero.
+    let outcome = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::SIOCSIFHWADDR as _, &raw const request) };
+    if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

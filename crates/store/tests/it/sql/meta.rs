@@ -23,6 +23,7 @@ pub(super) fn row(name: &str) -> VmRow {
         created_s: 5,
         starts: 0,
         source: None,
+        substrate: None,
     }
 }
 

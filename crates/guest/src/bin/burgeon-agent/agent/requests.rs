@@ -9,7 +9,7 @@ use crate::{
     disk,
     exec::Exec,
     files::{self, Get, Put},
-    freeze,
+    freeze, identity,
     spawn::{self, failure},
     sys::{self, Stack},
     system,
@@ -79,6 +79,11 @@ impl Agent {
             }
             Request::Stop { how } => self.stop(how),
             Request::Grow => disk::grow_all(),
+            Request::Settle { .. } | Request::Renew(_) if !self.frozen => {
+                Err(failure(FailureKind::Unsupported, "the workload is not frozen"))
+            }
+            Request::Settle { generalise } => identity::settle(generalise),
+            Request::Renew(wanted) => identity::renew(&wanted).map(Answer::Receipt),
             Request::Identity { host_name } => system::set_host_name(&host_name),
         })
     }

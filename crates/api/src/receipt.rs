@@ -1,0 +1,31 @@
+//! What a VM that goes on from a captured state has shown of its identity, before its workload went on.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::vm::PhaseTime;
+
+/// The receipt of an activation. Without a good one the VM was ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Receipt {
+    /// 32 hexadecimal digits, new for every activation.
+    pub generation: String,
+    /// What it goes on from: `substrate NAME`, `fork of VM NAME`.
+    pub origin: String,
+    pub host_name: String,
+    /// Empty where the image has none.
+    pub machine_id: String,
+    pub boot_id: String,
+    /// 16 bytes that its random generator gave for this and nothing else, in hexadecimal digits.
+    pub sample: String,
+    /// How far its clock was before (negative: behind) the host's, in microseconds.
+    pub clock_offset_us: i64,
+    /// Of its network cards.
+    pub hardware_addresses: Vec<String>,
+    /// TCP connections of the captured state that were ended.
+    pub ended_connections: u32,
+    /// The image's programs for clones, and how long each took.
+    pub hooks: Vec<PhaseTime>,
+    /// Seconds since 1970.
+    pub given_s: u64,
+}

@@ -1,0 +1,122 @@
+//! Substrates: VMs that were booted and warmed up once, and wait in memory to be gone on from.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{ByteSize, VmId, profile::Profile, vm::Observed};
+
+/// How a substrate is made.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Recipe {
+    /// A command that warms the guest up: starts the application, fills its caches. Run by `sh -c`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warm: Option<String>,
+    /// A command that succeeds when the guest is ready. Run by `sh -c`, again and again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ready: Option<String>,
+}
+
+/// A request for a substrate. Its id is chosen by the client: asking twice makes one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateSubstrate {
+    pub id: VmId,
+    pub name: String,
+    pub image: String,
+    pub profile: Profile,
+    #[serde(default)]
+    pub recipe: Recipe,
+}
+
+/// What a captured VM needs to go on, and what it takes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Docked {
+    /// The map of its memory in the store.
+    pub map: String,
+    /// Bytes of its memory that are not zeros.
+    pub memory: ByteSize,
+    /// What it added to the store.
+    pub stored: ByteSize,
+    /// The state of its devices and CPUs.
+    pub devices: ByteSize,
+    pub compatibility: Compatibility,
+    /// How long the guest stood still while it was captured, in microseconds.
+    pub captured_us: u64,
+}
+
+/// What must be the same for a captured state to go on. All of it is compared at every use.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Compatibility {
+    pub format: u32,
+    /// QEMU's version, and the SHA-256 of its program and of its firmware.
+    pub qemu: String,
+    pub program: String,
+    pub firmware: String,
+    pub accelerator: crate::vm::Accelerator,
+    /// The SHA-256 of the machine's description: board, CPU, memory, devices.
+    pub machine: String,
+}
+
+/// A substrate.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct SubstrateView {
+    pub id: VmId,
+    pub name: String,
+    pub image: String,
+    pub profile: Profile,
+    pub recipe: Recipe,
+    #[serde(flatten)]
+    pub observed: Observed,
+    /// Seconds since 1970.
+    pub created_s: u64,
+    /// VMs that go on from it.
+    pub clones: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub docked: Option<Docked>,
+}
+
+/// A request to fork a running VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ForkVm {
+    /// The ids of the children, chosen by the client; one child for each.
+    pub ids: Vec<VmId>,
+    /// Their names, as many as ids; absent: made of the VM's name.
+    #[serde(default)]
+    pub names: Vec<String>,
+    /// One that fails makes all fail.
+    #[serde(default)]
+    pub all_or_nothing: bool,
+}
+
+/// What became of a fork.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Forked {
+    /// One for each child, in the order of the request.
+    pub children: Vec<Child>,
+    /// How long the VM stood still, in microseconds: from asking its workload to freeze until it went on.
+    pub paused_us: u64,
+    /// Bytes that it had written since it began, and that were copied.
+    pub copied: ByteSize,
+}
+
+/// A request for VMs that go on from a substrate.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ActivateVms {
+    /// The ids of the VMs, chosen by the client; one VM for each.
+    pub ids: Vec<VmId>,
+    /// Their names, as many as ids; absent: made of the substrate's name.
+    #[serde(default)]
+    pub names: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Child {
+    pub id: VmId,
+    pub name: String,
+    /// Why there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<crate::Error>,
+}

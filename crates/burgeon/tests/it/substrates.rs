@@ -1,0 +1,146 @@
+//! Substrates and forks, on real guests.
+
+use std::collections::BTreeSet;
+
+use burgeon_api::ByteSize;
+use serde_json::Value;
+
+use crate::lab::{Lab, is_running, kill, until};
+
+impl Lab {
+    #[track_caller]
+    fn said(&self, vm: &str, script: &str) -> String {
+        self.run(&["exec", vm, "sh", "-c", script]).good().stdout.trim().to_string()
+    }
+
+    #[track_caller]
+    fn receipt(&self, vm: &str) -> Value {
+        self.json(&["vm", "receipt", vm])
+    }
+}
+
+/// A workload that draws random numbers all the time, and keeps what it has drawn in memory.
+const DRAWS: &str = r#"echo nonce-$(cat /proc/sys/kernel/random/uuid) > /tmp/nonce
+    (while :; do cat /proc/sys/kernel/random/uuid >> /tmp/drawn; usleep 5000 2>/dev/null || sleep 0.01; done) </dev/null >/dev/null 2>&1 &"#;
+
+#[test]
+fn clones_and_forks_go_on_from_memory_and_are_nobodys_twins() {
+    let lab = Lab::new(&["tiny"]);
+    let bad =
+        lab.run(&["substrate", "create", "broken", "--image", "tiny", "-p", "tiny", "--warm", "echo no >&2; exit 3"]);
+    assert!(bad.code == 1 && bad.stderr.contains("warm-up ended with code 3: no"), "{}", bad.stderr);
+    assert_eq!(lab.json(&["substrate", "ls"]), serde_json::json!([]));
+    lab.run(&[
+        "substrate",
+        "create",
+        "base",
+        "--image",
+        "tiny",
+        "-p",
+        "tiny",
+        "--warm",
+        DRAWS,
+        "--ready",
+        "test -s /tmp/drawn",
+    ])
+    .good();
+    let base = lab.json(&["substrate", "show", "base"]);
+    assert_eq!(base["state"], "docked");
+    // All that is left of it is its memory: no process, and less than the guest was given.
+    assert!(lab.qemus().is_empty());
+    let held: ByteSize = base["docked"]["memory"].as_str().unwrap().parse().unwrap();
+    assert!(held < ByteSize::mib(100), "{base}");
+
+    let made = lab.json(&["vm", "create", "-s", "base", "--name", "c", "--count", "3"]);
+    assert_eq!(made.as_array().unwrap().len(), 3);
+    let nonce = lab.said("c-1", "cat /tmp/nonce");
+    assert!(nonce.starts_with("nonce-"));
+    lab.run(&["fork", "c-1", "--name", "f", "--count", "2"]).good();
+    // Of a fork, and again of the same source.
+    lab.run(&["fork", "f-1", "--name", "g"]).good();
+    lab.run(&["fork", "c-1", "--name", "h"]).good();
+    let all = ["c-1", "c-2", "c-3", "f-1", "f-2", "g", "h"];
+    for vm in all {
+        assert_eq!(lab.said(vm, "cat /tmp/nonce; hostname"), format!("{nonce}\n{vm}"), "{vm}");
+    }
+    until("everybody has drawn", || {
+        all.iter().all(|vm| lab.said(vm, "wc -l < /tmp/drawn").parse::<u32>().unwrap() > 50)
+    });
+    let drawn: Vec<Vec<String>> =
+        all.iter().map(|vm| lab.said(vm, "cat /tmp/drawn").lines().map(str::to_string).collect()).collect();
+    // What two have in common they had before they were two; from there on nothing is the same.
+    for (index, one) in drawn.iter().enumerate() {
+        for other in &drawn[index + 1..] {
+            let common = one.iter().zip(other).take_while(|(one, other)| one == other).count();
+            assert!(common > 0 && common < one.len().min(other.len()));
+            let rest: BTreeSet<&String> = one[common..].iter().collect();
+            assert!(other[common..].iter().all(|uuid| !rest.contains(uuid)));
+        }
+    }
+    for key in ["generation", "sample", "boot_id", "host_name"] {
+        let shown: BTreeSet<String> = all.iter().map(|vm| lab.receipt(vm)[key].to_string()).collect();
+        assert_eq!(shown.len(), all.len(), "{key}");
+    }
+    assert_eq!(lab.receipt("g")["origin"], "fork of VM f-1");
+    let clock = lab.receipt("g")["clock_offset_us"].as_i64().unwrap();
+    assert!(clock.abs() < 100_000, "{clock}");
+
+    // What one writes, nobody else sees.
+    lab.said("f-1", "echo mine > /tmp/note");
+    for vm in ["c-1", "g", "f-2"] {
+        assert_eq!(lab.said(vm, "test -e /tmp/note || echo none"), "none");
+    }
+
+    let refused = lab.run(&["substrate", "rm", "base"]);
+    assert!(
+        refused.code == 1 && refused.stderr.contains("3 VMs go on from substrate base: c-1 c-2 c-3"),
+        "{}",
+        refused.stderr
+    );
+    let refused = lab.run(&["vm", "create", "-s", "nothing"]);
+    assert!(refused.stderr.contains("there is no substrate \"nothing\""), "{}", refused.stderr);
+    lab.run(&["vm", "rm", "c-1"]).good();
+    assert_eq!(lab.said("f-2", "cat /tmp/nonce"), nonce);
+
+    // The next host process finds all of them, forks one whose base it does not hold, and docks the substrate again.
+    let qemus: BTreeSet<u32> = lab.qemus().into_iter().collect();
+    kill(lab.pid("host"), "KILL");
+    until("c-2 is found again", || lab.run(&["exec", "c-2", "true"]).code == 0);
+    lab.run(&["fork", "c-2", "--name", "k"]).good();
+    lab.run(&["vm", "create", "-s", "base", "--name", "l"]).good();
+    assert_eq!((lab.said("k", "cat /tmp/nonce"), lab.said("l", "cat /tmp/nonce")), (nonce.clone(), nonce));
+    assert!(qemus.iter().all(|pid| is_running(*pid)));
+    lab.run(&["vm", "rm", "c-2", "c-3", "f-1", "f-2", "g", "h", "k", "l"]).good();
+    lab.run(&["substrate", "rm", "base"]).good();
+    until("no QEMU is left", || lab.qemus().is_empty());
+}
+
+#[test]
+fn a_fork_of_a_debian_guest_has_its_own_disk_and_names() {
+    let lab = Lab::new(&["debian-minimal"]);
+    lab.vm("debian-minimal", "web", "default");
+    lab.run(&["vm", "disk", "attach", "web", "data", "--size", "64M"]).good();
+    lab.said("web", "echo before > /root/note; until test -b /dev/vdb; do sleep 0.1; done; echo begin | dd of=/dev/vdb conv=notrunc 2>/dev/null");
+    let forked = lab.json(&["fork", "web", "--name", "copy"]);
+    assert_eq!(forked["children"][0]["name"], "copy");
+    // On both disks, in either direction, memory and all.
+    assert_eq!(lab.said("copy", "cat /root/note; head -c 5 /dev/vdb"), "before\nbegin");
+    lab.said("web", "echo of the source > /root/note; sync");
+    lab.said("copy", "echo of the copy > /root/note; echo other | dd of=/dev/vdb conv=notrunc 2>/dev/null; sync");
+    let drop = "echo 3 > /proc/sys/vm/drop_caches; cat /root/note; head -c 5 /dev/vdb";
+    assert_eq!(lab.said("web", drop), "of the source\nbegin");
+    assert_eq!(lab.said("copy", drop), "of the copy\nother");
+    let identity = |vm: &str| {
+        let words = "cat /etc/machine-id /proc/sys/kernel/random/boot_id /sys/class/net/e*/address; hostname";
+        lab.said(vm, words).lines().map(str::to_string).collect::<Vec<_>>()
+    };
+    let (source, copy) = (identity("web"), identity("copy"));
+    assert_eq!((source.len(), copy[3].as_str()), (4, "copy"));
+    assert!(source.iter().zip(&copy).all(|(one, other)| one != other), "{source:?} {copy:?}");
+    assert_eq!(lab.receipt("copy")["machine_id"], copy[0].as_str());
+    // It boots from its own disk, however it began.
+    lab.run(&["vm", "stop", "copy"]).good();
+    lab.run(&["vm", "rm", "web"]).good();
+    lab.run(&["vm", "start", "copy"]).good();
+    assert_eq!(lab.said("copy", "cat /root/note; hostname"), "of the copy\ncopy");
+}

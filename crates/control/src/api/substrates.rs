@@ -1,0 +1,154 @@
+//! Substrates, what goes on from them, and forks of running VMs.
+
+use axum::{
+    Json,
+    extract::{Path, State},
+    http::HeaderMap,
+};
+use burgeon_api::{
+    Error,
+    host::Begin,
+    receipt::Receipt,
+    substrate::{ActivateVms, CreateSubstrate, ForkVm, Forked, SubstrateView},
+    vm::{Intent, Observed, VmView},
+};
+use burgeon_store::meta::VmRow;
+
+use super::{Answer, Routes, vms};
+use crate::{
+    state::{Shared, now_s},
+    substrates,
+};
+
+pub(super) fn add(routes: &mut Routes) {
+    let (one, many) = (routes.schema::<SubstrateView>(), routes.schema::<Vec<SubstrateView>>());
+    let (create, activate_body, new_vms) =
+        (routes.schema::<CreateSubstrate>(), routes.schema::<ActivateVms>(), routes.schema::<Vec<VmView>>());
+    let (fork_body, forked, receipt_schema) =
+        (routes.schema::<ForkVm>(), routes.schema::<Forked>(), routes.schema::<Receipt>());
+    routes.add("get", "/v1/substrates", "All substrates", list).gives(many);
+    routes
+        .add("post", "/v1/substrates", "Boot a VM, warm it up, and make a substrate of it", make)
+        .takes(create)
+        .gives(one.clone());
+    routes.add("get", "/v1/substrates/{substrate}", "One substrate, by name or id", show).gives(one.clone());
+    routes
+        .add("get", "/v1/substrates/{substrate}/wait", "Wait until the substrate is docked, or has failed", wait)
+        .gives(one);
+    routes.add("delete", "/v1/substrates/{substrate}", "Remove a substrate that no VM goes on from", remove);
+    routes
+        .add("post", "/v1/substrates/{substrate}/vms", "Make VMs that go on from a substrate", activate)
+        .takes(activate_body)
+        .gives(new_vms);
+    routes
+        .add("post", "/v1/vms/{vm}/fork", "Make other VMs of a running one, as it is at this instant", fork)
+        .takes(fork_body)
+        .gives(forked);
+    routes
+        .add("get", "/v1/vms/{vm}/receipt", "What an activated VM has shown of its identity", receipt)
+        .gives(receipt_schema);
+}
+
+async fn list(State(state): State<Shared>) -> Answer<Json<Vec<SubstrateView>>> {
+    Ok(Json(substrates::views(&state).await?))
+}
+
+async fn make(State(state): State<Shared>, Json(request): Json<CreateSubstrate>) -> Answer<Json<SubstrateView>> {
+    let image = state.image(request.image.clone()).await?;
+    if image.boot != burgeon_api::image::Boot::Agent {
+        return Err(Error::refused(format!("image {} has no agent, and so nobody could renew its clones", image.name))
+            .with_hint("substrates are made of images that burgeon image build makes, or OCI and tar imports")
+            .into());
+    }
+    if request.profile.display {
+        return Err(Error::refused(
+            "a profile with a display cannot be captured yet: its graphics card has memory of its own",
+        )
+        .into());
+    }
+    let row = VmRow {
+        id: request.id,
+        name: request.name,
+        image: request.image,
+        profile: request.profile,
+        intent: Intent::Running,
+        observed: Observed::Pending,
+        launched: false,
+        pipeline: None,
+        version: 1,
+        created_s: now_s(),
+        starts: 0,
+        source: None,
+        substrate: Some(request.recipe),
+    };
+    let is_known = state.meta.vm(&row.id.to_string()).await.is_ok();
+    let row = state.create_vm(row).await?;
+    if !is_known {
+        substrates::raise(&state, row.clone());
+    }
+    Ok(Json(substrates::view(&state, &row, &[])))
+}
+
+async fn show(State(state): State<Shared>, Path(name): Path<String>) -> Answer<Json<SubstrateView>> {
+    let row = substrates::find(&state, &name).await?;
+    Ok(Json(substrates::view(&state, &row, &state.meta.vms().await?)))
+}
+
+async fn wait(State(state): State<Shared>, Path(name): Path<String>) -> Answer<Json<SubstrateView>> {
+    let id = substrates::find(&state, &name).await?.id.to_string();
+    loop {
+        let looks = state.seen.borrow().looks;
+        let row = substrates::find(&state, &id).await?;
+        let view = substrates::view(&state, &row, &state.meta.vms().await?);
+        if burgeon_plan::vm::is_over(&view.observed) {
+            return Ok(Json(view));
+        }
+        state.when(|seen| (seen.looks > looks).then_some(Ok(()))).await?;
+    }
+}
+
+async fn remove(state: State<Shared>, Path(name): Path<String>, headers: HeaderMap) -> Answer<()> {
+    let id = substrates::find(&state, &name).await?.id.to_string();
+    vms::remove(state, Path(id), headers).await
+}
+
+async fn activate(
+    State(state): State<Shared>,
+    Path(name): Path<String>,
+    Json(request): Json<ActivateVms>,
+) -> Answer<Json<Vec<VmView>>> {
+    let source = substrates::find(&state, &name).await?;
+    let view = substrates::view(&state, &source, &[]);
+    if view.observed != Observed::Docked {
+        let (state, detail) = (view.observed.name(), view.observed.detail());
+        return Err(Error::conflict(format!("substrate {} is not docked: it is {state} {detail}", view.name)).into());
+    }
+    let image = state.host.image_of(source.id).await?;
+    let rows = substrates::rows(&source, &image, Begin::Substrate, &request.ids, &request.names)?;
+    let rows = substrates::record(&state, rows).await?;
+    Ok(Json(rows.into_iter().map(|row| state.view(row)).collect()))
+}
+
+async fn fork(
+    State(state): State<Shared>,
+    Path(vm): Path<String>,
+    Json(request): Json<ForkVm>,
+) -> Answer<Json<Forked>> {
+    let source = state.meta.vm(&vm).await?;
+    let ForkVm { ids, names, all_or_nothing } = request;
+    let of_task = state.clone();
+    // Goes on to its end, whether or not the client waits for it.
+    let task = state.tasks.spawn(async move { substrates::fork(&of_task, source, ids, names, all_or_nothing).await });
+    let forked = task.await.map_err(|error| Error::internal(format!("the fork was broken off: {error}")))?;
+    Ok(Json(forked?))
+}
+
+async fn receipt(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<Json<Receipt>> {
+    let view = state.view(state.meta.vm(&vm).await?);
+    let name = view.name;
+    let receipt = view.on_host.and_then(|vm| vm.receipt).ok_or_else(|| {
+        Error::not_found(format!("VM {name} has no receipt"))
+            .with_hint("VMs that were forked, or go on from a substrate, have one")
+    })?;
+    Ok(Json(receipt))
+}

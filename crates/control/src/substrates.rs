@@ -1,0 +1,248 @@
+//! Substrates on their way: a VM is booted, warmed up and captured by its host; and VMs that go on from others.
+
+use burgeon_api::{
+    Error, ErrorKind, Result, VmId,
+    host::{Begin, Source},
+    image::Image,
+    substrate::{Forked, SubstrateView},
+    vm::{Intent, Observed},
+};
+use burgeon_plan::vm::is_over;
+use burgeon_store::meta::{CloneSource, VmRow};
+use tokio::time::{Duration, timeout};
+
+use crate::state::{Shared, now_s};
+
+/// How long a substrate's VM may take to come up.
+const UP: Duration = Duration::from_secs(300);
+/// VMs that one request makes.
+pub(crate) const MOST_AT_ONCE: usize = 256;
+
+/// Goes on with substrates that were being made when an earlier control process ended.
+///
+/// # Errors
+/// Meta's.
+pub(crate) async fn resume(state: &Shared) -> Result<()> {
+    for row in state.meta.vms().await? {
+        if row.substrate.is_some() && row.intent == Intent::Running && !is_over(&row.observed) {
+            raise(state, row);
+        }
+    }
+    Ok(())
+}
+
+/// Makes a substrate of a VM that is starting.
+pub(crate) fn raise(state: &Shared, row: VmRow) {
+    let of_task = state.clone();
+    state.tasks.spawn(async move {
+        let state = of_task;
+        let outcome = tokio::select! {
+            outcome = raised(&state, &row) => outcome,
+            () = state.shutdown.cancelled() => return,
+        };
+        if let Err(error) = outcome {
+            tracing::error!(substrate = %row.name, %error, "a substrate could not be made");
+        }
+        state.kick.notify_one();
+    });
+}
+
+async fn raised(state: &Shared, row: &VmRow) -> Result<()> {
+    let id = row.id;
+    let up = state.when(|seen| match seen.vms.iter().find(|vm| vm.id == id).map(|vm| &vm.observed) {
+        Some(Observed::Running | Observed::Docked) => Some(Ok(())),
+        Some(Observed::Failed { reason } | Observed::Stopped { reason }) => {
+            Some(Err(Error::unavailable(format!("it did not come up: {reason}"))))
+        }
+        _ => None,
+    });
+    let given_up = async {
+        // One that cannot be launched is on no host.
+        loop {
+            let looks = state.seen.borrow().looks;
+            let row = state.meta.vm(&id.to_string()).await?;
+            if let Observed::Failed { reason } = row.observed {
+                return Err(Error::unavailable(reason));
+            }
+            state.when(|seen| (seen.looks > looks).then_some(Ok(()))).await?;
+        }
+    };
+    let up = async {
+        tokio::select! {
+            up = up => up,
+            gone = given_up => gone,
+        }
+    };
+    timeout(UP, up).await.map_err(|_| Error::deadline(format!("it did not come up within {} s", UP.as_secs())))??;
+    loop {
+        match state.host.dock(id, row.substrate.clone().unwrap_or_default()).await {
+            // The host goes on with what an earlier control process has asked for.
+            Err(error) if error.kind == ErrorKind::Conflict => {
+                let looks = state.seen.borrow().looks;
+                state.when(|seen| (seen.looks > looks).then_some(Ok(()))).await?;
+                let over = state.seen.borrow().vms.iter().any(|vm| vm.id == id && is_over(&vm.observed));
+                if over {
+                    return Ok(());
+                }
+            }
+            // How far the host process had come when it ended, nobody knows.
+            Err(error) if matches!(error.kind, ErrorKind::Unavailable | ErrorKind::Deadline) => {
+                let back = state.when(|seen| seen.unreachable.is_none().then_some(Ok(())));
+                timeout(UP, back).await.map_err(|_| error.clone())??;
+                state.host.give_up(id, error.to_string()).await?;
+                return Err(error);
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+/// # Errors
+/// `Conflict` for a substrate that VMs go on from.
+pub(crate) async fn check_removal(state: &Shared, row: &VmRow) -> Result<()> {
+    if row.substrate.is_none() {
+        return Ok(());
+    }
+    let names = clones(&state.meta.vms().await?, row.id);
+    if names.is_empty() {
+        return Ok(());
+    }
+    let (count, shown) = (names.len(), names.iter().take(5).cloned().collect::<Vec<_>>().join(" "));
+    let more = if count > 5 { " ..." } else { "" };
+    Err(Error::conflict(format!("{count} VMs go on from substrate {}: {shown}{more}", row.name))
+        .with_hint(format!("remove them first: burgeon vm rm {shown}")))
+}
+
+/// VMs that go on from a substrate.
+fn clones(rows: &[VmRow], substrate: VmId) -> Vec<String> {
+    let of_it = |row: &&VmRow| {
+        let source = row.source.as_ref();
+        source.is_some_and(|source| source.begin == Begin::Substrate && source.source.vm == substrate)
+            && row.intent != Intent::Removed
+    };
+    rows.iter().filter(of_it).map(|row| row.name.clone()).collect()
+}
+
+/// A substrate's row, by name or id.
+///
+/// # Errors
+/// `NotFound`.
+pub(crate) async fn find(state: &Shared, name: &str) -> Result<VmRow> {
+    let missing = || {
+        Error::not_found(format!("there is no substrate \"{}\"", burgeon_api::path_text::printable(name)))
+            .with_hint("burgeon substrate ls lists the substrates there are")
+    };
+    let row = state.meta.vm(name).await.map_err(|error| match error.kind {
+        ErrorKind::NotFound => missing(),
+        _ => error,
+    })?;
+    if row.substrate.is_some() { Ok(row) } else { Err(missing()) }
+}
+
+pub(crate) async fn views(state: &Shared) -> Result<Vec<SubstrateView>> {
+    let rows = state.meta.vms().await?;
+    Ok(rows.iter().filter(|row| row.substrate.is_some()).map(|row| view(state, row, &rows)).collect())
+}
+
+pub(crate) fn view(state: &Shared, row: &VmRow, all: &[VmRow]) -> SubstrateView {
+    let vm = state.view(row.clone());
+    SubstrateView {
+        id: row.id,
+        name: row.name.clone(),
+        image: row.image.clone(),
+        profile: row.profile.clone(),
+        recipe: row.substrate.clone().unwrap_or_default(),
+        observed: vm.observed,
+        created_s: row.created_s,
+        clones: u32::try_from(clones(all, row.id).len()).unwrap_or(u32::MAX),
+        docked: vm.on_host.and_then(|vm| vm.docked),
+    }
+}
+
+/// Rows of new VMs that go on from another one.
+///
+/// # Errors
+/// `Invalid` for too many of them, or names that do not fit the ids.
+pub(crate) fn rows(source: &VmRow, image: &Image, begin: Begin, ids: &[VmId], names: &[String]) -> Result<Vec<VmRow>> {
+    if ids.is_empty() || ids.len() > MOST_AT_ONCE {
+        return Err(Error::invalid(format!("{} VMs at once; 1 to {MOST_AT_ONCE} can be made", ids.len())));
+    }
+    if !names.is_empty() && names.len() != ids.len() {
+        return Err(Error::invalid(format!("{} names for {} VMs", names.len(), ids.len())));
+    }
+    let row = |(index, id): (usize, &VmId)| VmRow {
+        id: *id,
+        name: names.get(index).cloned().unwrap_or_else(|| format!("{}-{}", source.name, id.short())),
+        image: source.image.clone(),
+        profile: source.profile.clone(),
+        intent: Intent::Running,
+        observed: Observed::Pending,
+        launched: false,
+        pipeline: None,
+        version: 1,
+        created_s: now_s(),
+        starts: 0,
+        source: Some(CloneSource { source: Source { vm: source.id, snapshot: None }, image: image.clone(), begin }),
+        substrate: None,
+    };
+    Ok(ids.iter().enumerate().map(row).collect())
+}
+
+/// Records VMs: all of them, or none.
+///
+/// # Errors
+/// That of the first that cannot be.
+pub(crate) async fn record(state: &Shared, rows: Vec<VmRow>) -> Result<Vec<VmRow>> {
+    let mut made = Vec::new();
+    for row in rows {
+        match state.create_vm(row).await {
+            Ok(row) => made.push(row),
+            Err(error) => {
+                for row in made {
+                    state.intend(row.id, Intent::Removed, None).await?;
+                }
+                return Err(error);
+            }
+        }
+    }
+    Ok(made)
+}
+
+/// Forks a running VM.
+///
+/// # Errors
+/// Those of the rows, and the host's; then there are no children.
+pub(crate) async fn fork(
+    state: &Shared,
+    source: VmRow,
+    ids: Vec<VmId>,
+    names: Vec<String>,
+    all_or_nothing: bool,
+) -> Result<Forked> {
+    let image = state.host.image_of(source.id).await?;
+    let rows = rows(&source, &image, Begin::Fork, &ids, &names)?;
+    state.forking.send_modify(|forking| forking.extend(&ids));
+    let forked = async {
+        let rows = record(state, rows).await?;
+        let mut children = Vec::new();
+        for row in &rows {
+            children.push(state.launch_at(row, Begin::Fork).await?);
+        }
+        let forked = state.host.fork(source.id, children, all_or_nothing).await;
+        let failed = |id: &VmId| match &forked {
+            Ok(forked) => forked.children.iter().any(|child| child.id == *id && child.error.is_some()),
+            Err(_) => true,
+        };
+        for id in ids.iter().filter(|id| failed(id)) {
+            state.intend(*id, Intent::Removed, None).await?;
+        }
+        for id in ids.iter().filter(|id| !failed(id)) {
+            state.meta.set_observed(*id, Observed::Running, true).await?;
+        }
+        forked
+    }
+    .await;
+    state.forking.send_modify(|forking| forking.retain(|id| !ids.contains(id)));
+    state.kick.notify_one();
+    forked
+}

@@ -1,0 +1,228 @@
+//! Letting a VM go on from a captured state, instead of booting it.
+//!
+//! ```text
+//! spawn -> [wait] -> memory -> load -> resume -> identify -> thaw -> ready
+//!   |        |         |        |        |          |
+//!   +--------+---------+--------+--------+----------+--> failed: the process is killed, the reason told
+//! ```
+//! Until `thaw` no instruction of the guest's workload has run. A guest whose receipt is not good is killed: two machines
+//! of one identity are worse than one fewer.
+
+use std::{os::fd::AsFd, path::Path, sync::Arc, time::Duration};
+
+use burgeon_api::{
+    Error, Result, VmId,
+    host::{Begin, Launch},
+    vm::Accelerator,
+};
+use burgeon_guest::client::AgentClient;
+use burgeon_qemu::{
+    command::{arguments, file},
+    memory::{Base, Guest},
+    process::{self, Process, RunAs, log_tail},
+    state,
+};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, timeout},
+};
+
+use crate::{
+    frozen::Frozen,
+    identity,
+    plug::blocking,
+    prepare,
+    record::Record,
+    start::{
+        Context, KillUnlessUp, MONITOR_DEADLINE, Phases, Step, Up, clock_ns, connect_agent, connect_monitor,
+        group_name, standing_limits,
+    },
+};
+
+/// How long the guest may take to renew itself, its own programs for that included.
+const IDENTITY_DEADLINE: Duration = Duration::from_secs(60);
+/// How long a child waits for the instant that it goes on from.
+const INSTANT_DEADLINE: Duration = Duration::from_secs(120);
+
+/// A captured state that is there, or will be in a moment; and why it will not.
+pub(crate) type Awaited = Option<Result<Arc<Frozen>>>;
+
+/// What a VM goes on from.
+#[derive(Clone)]
+pub(crate) struct Claim {
+    pub(crate) origin: String,
+    pub(crate) source: VmId,
+    pub(crate) accelerator: Accelerator,
+    pub(crate) base: Arc<Base>,
+    pub(crate) frozen: watch::Receiver<Awaited>,
+    /// Told when the VM waits for nothing but the state.
+    pub(crate) waiting: Option<mpsc::UnboundedSender<VmId>>,
+}
+
+impl Claim {
+    /// Of a substrate.
+    pub(crate) async fn of_substrate(context: &Context, launch: &Launch) -> Result<Claim> {
+        let source = launch.source.as_ref().ok_or_else(|| Error::invalid("the VM names no substrate"))?.vm;
+        let (record, frozen) = context.substrates.get(&context.layout, &context.qemu, &context.disks, source).await?;
+        let (_, awaited) = watch::channel(Some(Ok(frozen.clone())));
+        Ok(Claim {
+            origin: format!("substrate {}", record.launch.name),
+            source,
+            accelerator: record.accelerator,
+            base: frozen.base.clone(),
+            frozen: awaited,
+            waiting: None,
+        })
+    }
+
+    async fn frozen(&mut self) -> Result<Arc<Frozen>> {
+        let gone = || Error::unavailable("the fork was broken off");
+        let state = timeout(INSTANT_DEADLINE, self.frozen.wait_for(Option::is_some))
+            .await
+            .map_err(|_| Error::deadline("the state to go on from did not come"))?
+            .map_err(|_| gone())?
+            .clone();
+        state.unwrap_or_else(|| Err(gone()))
+    }
+}
+
+/// Brings a VM up from what it claims.
+pub(crate) async fn bring_up(
+    context: &Context,
+    directory: &Path,
+    record: &Record,
+    mut claim: Claim,
+    tell: &(dyn Fn(Step) + Send + Sync),
+) -> Result<Up> {
+    let mut phases = Phases::new(tell);
+    phases.enter("spawn");
+    let launch = &record.launch;
+    let run_as = process::run_as(launch.id.uuid().as_u128(), claim.accelerator);
+    let attached = {
+        let (layout, disks, of_launch) = (context.layout.clone(), context.disks.clone(), launch.clone());
+        let (directory, source) = (directory.to_path_buf(), claim.source);
+        blocking(move || {
+            prepare::prepare_activation(&layout, &directory, &of_launch, source, run_as)?;
+            let owner = match run_as {
+                RunAs::User { number, .. } => Some(number),
+                RunAs::Same => None,
+            };
+            disks.serve_late(&of_launch, source, owner)?;
+            disks.attached(source)
+        })
+        .await?
+    };
+    let machine = prepare::activation(launch, claim.accelerator, attached, &claim.base);
+    let identity = process::start(
+        &context.qemu.program,
+        &arguments(&machine),
+        &directory.join(file::QEMU_DIRECTORY),
+        &directory.join(file::QEMU_LOG),
+        run_as,
+        Some(claim.base.file().as_fd()),
+    )?;
+    let process = Arc::new(Process::hold(&identity).map_err(|_| {
+        Error::internal(format!("QEMU ended at once: {}", log_tail(&directory.join(file::QEMU_LOG), 600)))
+    })?);
+    let mut guard = KillUnlessUp { process: process.clone(), armed: true };
+    let mut limits = context.groups.limit(&group_name(launch), identity.pid, &launch.profile);
+    limits.extend(standing_limits(run_as));
+    let started = Record {
+        accelerator: claim.accelerator,
+        host_boot_id: process::host_boot_id(),
+        process: Some(identity),
+        limits,
+        ended: None,
+        ..record.clone()
+    };
+    started.store(directory)?;
+    tell(Step::Started { record: Box::new(started) });
+    let going_on = go_on(context, directory, launch, &mut claim, process.clone(), &mut phases);
+    let up = tokio::select! {
+        up = going_on => up?,
+        () = process.ended() => {
+            let said = log_tail(&directory.join(file::QEMU_LOG), 600);
+            return Err(Error::refused(format!("QEMU ended while it took up the captured state: {said}")));
+        }
+    };
+    guard.armed = false;
+    phases.enter("ready");
+    Ok(up)
+}
+
+async fn go_on(
+    context: &Context,
+    directory: &Path,
+    launch: &Launch,
+    claim: &mut Claim,
+    process: Arc<Process>,
+    phases: &mut Phases<'_>,
+) -> Result<Up> {
+    let deadline = Instant::now() + MONITOR_DEADLINE;
+    let (console, qmp) = connect_monitor(directory, deadline).await?;
+    state::tell_when_loaded(&qmp).await?;
+    let memory = Guest::open(process.identity.pid, state::memory_address(&qmp).await?, claim.base.length())?;
+    if let Some(waiting) = claim.waiting.take() {
+        phases.enter("wait");
+        let _without_a_listener_no_state_comes = waiting.send(launch.id);
+    }
+    let frozen = claim.frozen().await?;
+    phases.enter("memory");
+    let (disks, of_launch, source, of_frozen) = (context.disks.clone(), launch.clone(), claim.source, frozen.clone());
+    blocking(move || {
+        if let Some(written) = &of_frozen.written {
+            memory.apply(written)?;
+        }
+        if of_launch.begin == Begin::Substrate {
+            disks.clone_all(&of_launch, source)?;
+        }
+        disks.bind_all(of_launch.id)
+    })
+    .await?;
+    phases.enter("load");
+    frozen.devices.load(&qmp).await?;
+    phases.enter("resume");
+    let agent = connect_agent(directory, &launch.name, deadline).await?;
+    state::go_on(&qmp).await?;
+    let receipt = identify(context, launch, claim, &agent, phases).await?;
+    phases.enter("thaw");
+    agent.thaw().await?;
+    let guest = agent.guest_view().ok_or_else(|| Error::unavailable("the channel to the guest ended"))?;
+    Ok(Up {
+        process,
+        qmp,
+        console: Some(console),
+        agent: Some(agent),
+        guest: Some(burgeon_api::vm::GuestView {
+            host_name: receipt.host_name.clone(),
+            boot_id: receipt.boot_id.clone(),
+            ..guest
+        }),
+        base: Some(claim.base.clone()),
+        receipt: Some(receipt),
+    })
+}
+
+async fn identify(
+    context: &Context,
+    launch: &Launch,
+    claim: &Claim,
+    agent: &AgentClient,
+    phases: &mut Phases<'_>,
+) -> Result<burgeon_api::receipt::Receipt> {
+    agent.wait_ready(Instant::now() + IDENTITY_DEADLINE).await?;
+    phases.enter("identify");
+    let wanted = identity::new(launch, clock_ns())?;
+    let asked = clock_ns();
+    let shown = agent
+        .clone()
+        .with_deadline(IDENTITY_DEADLINE)
+        .renew(wanted.clone())
+        .await
+        .map_err(|error| error.context("give the guest its identity"))?;
+    // The guest told its time somewhere between the question and the answer.
+    let told = clock_ns().min(asked.max(shown.time_ns)).max(asked);
+    let receipt = identity::receipt(shown, claim.origin.clone(), told);
+    identity::verify(&receipt, &wanted, &context.siblings)?;
+    Ok(receipt)
+}

@@ -1,0 +1,335 @@
+//! Capturing a running VM: to make a substrate of it, or to fork it.
+//!
+//! ```text
+//! workload frozen -> [settled] -> CPUs stand -> devices | memory | disks -> CPUs go on -> thawed
+//! ```
+//! Whatever fails, the CPUs go on and the workload is thawed. A host process that dies in between leaves that to the
+//! next one ([`crate::start::adopt`]).
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use burgeon_api::{
+    ByteSize, Error, Result, VmId,
+    host::Launch,
+    image::Boot,
+    substrate::{Child, Docked, Forked},
+    vm::Observed,
+};
+use burgeon_guest::client::AgentClient;
+use burgeon_plan::fork::{Way, way};
+use burgeon_qemu::{
+    memory::{Base, Guest, Scope, bytes},
+    qmp::Qmp,
+    state::{self, Devices},
+};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, timeout},
+};
+
+use crate::{
+    activate::Claim,
+    frozen::{self, Frozen},
+    plug::{Gate, blocking},
+    registry::Registry,
+    start::Context,
+};
+
+/// How long children may take until they wait for the state.
+const SPAWNED: Duration = Duration::from_secs(30);
+/// How long the guest may take to bring its files to its disks.
+const SETTLED: Duration = Duration::from_secs(120);
+
+/// What a VM must have to be captured.
+struct Running<'a> {
+    monitor: &'a Qmp,
+    agent: &'a AgentClient,
+    memory: Arc<Guest>,
+    scope: Scope,
+    directory: PathBuf,
+}
+
+/// Where what is captured goes.
+enum Into {
+    /// Above the base that the VM began with.
+    Above(Arc<Base>),
+    /// Into a base of its own, which holds the old one already.
+    New { base: Arc<Base>, above: bool },
+}
+
+/// In the VM's directory while it is captured: whoever finds it lets the VM go on.
+const CAPTURING: &str = "capturing";
+
+/// Whether a host process has died while it captured the VM.
+pub(crate) fn was_being_captured(directory: &Path) -> bool {
+    directory.join(CAPTURING).exists()
+}
+
+pub(crate) fn capture_is_over(directory: &Path) {
+    match std::fs::remove_file(directory.join(CAPTURING)) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            tracing::warn!(%error, "the next host process takes this VM for one that is being captured");
+        }
+        _ => {}
+    }
+}
+
+struct Captured {
+    frozen: Frozen,
+    stood_us: u64,
+    copied: u64,
+}
+
+impl Gate {
+    /// # Errors
+    /// `Refused`, with what this VM lacks.
+    async fn running(&self, context: &Context) -> Result<Running<'_>> {
+        let launch = &self.record.launch;
+        let name = &launch.name;
+        let refused = |what: &str| Err(Error::refused(format!("VM {name} cannot be captured: {what}")));
+        let Some(monitor) = &self.monitor else {
+            return Err(
+                Error::conflict(format!("VM {name} does not run")).with_hint(format!("burgeon vm start {name}"))
+            );
+        };
+        if launch.image.boot != Boot::Agent {
+            return refused("its image has no agent, and so nobody could renew its identity");
+        }
+        if launch.image.disk.is_some() && launch.image.map.is_none() {
+            return refused("its disk is not in the store; build or import its image again");
+        }
+        if launch.profile.display {
+            return refused("its graphics card has memory of its own, which is not captured yet");
+        }
+        let Some(agent) = &self.agent else { return refused("its agent does not answer") };
+        let Some(process) = &self.record.process else { return refused("its process is not known") };
+        let memory = Guest::open(process.pid, state::memory_address(monitor).await?, launch.profile.memory.bytes())?;
+        // Without its base at hand, whatever is not zero must be taken for its own.
+        let scope = if launch.begin.is_activation() && self.base.is_none() { Scope::All } else { Scope::Written };
+        let directory = context.layout.vm(launch.id);
+        Ok(Running { monitor, agent, memory: Arc::new(memory), scope, directory })
+    }
+
+    /// Captures the VM, with what `during` does while it stands still, and lets it go on unless `stay` says otherwise.
+    async fn capture(
+        &self,
+        running: &Running<'_>,
+        into: Into,
+        substrate: bool,
+        during: impl FnOnce() -> Result<()> + Send + 'static,
+    ) -> Result<Captured> {
+        let directory = &running.directory;
+        std::fs::write(directory.join(CAPTURING), "").map_err(|error| Error::io("begin to capture the VM", &error))?;
+        let begun = Instant::now();
+        let captured = async {
+            running.agent.freeze().await?;
+            if substrate {
+                running.agent.clone().with_deadline(SETTLED).settle(true).await?;
+            }
+            state::pause(running.monitor).await?;
+            let captured = still(running, into, during).await;
+            if !(substrate && captured.is_ok()) {
+                state::go_on(running.monitor).await?;
+            }
+            captured
+        }
+        .await;
+        if !(substrate && captured.is_ok()) {
+            // The reason why it failed is worth more than that this does too.
+            let thawed = running.agent.thaw().await;
+            if captured.is_ok() {
+                thawed?;
+            }
+        }
+        let stood_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        if !(substrate && captured.is_ok()) {
+            capture_is_over(directory);
+        }
+        let (frozen, copied) = captured?;
+        Ok(Captured { frozen, stood_us, copied })
+    }
+
+    /// Captures the VM to be a substrate: what that is, for its owner to write down before its process ends. It stands
+    /// still from here on.
+    ///
+    /// # Errors
+    /// `Refused` for a VM that cannot be captured; those of guest, QEMU and store.
+    pub(crate) async fn dock(&self, context: &Context) -> Result<(Docked, Arc<Frozen>)> {
+        let running = self.running(context).await?;
+        let (record, disks, id) = (&self.record, context.disks.clone(), self.record.launch.id);
+        let compatibility =
+            context.substrates.compatibility(&context.qemu, &record.launch, record.accelerator, disks.attached(id)?)?;
+        let into = self.new_base()?;
+        let seal = {
+            let disks = disks.clone();
+            move || disks.seal_all(id)
+        };
+        let Captured { frozen, stood_us, .. } = self.capture(&running, into, true, seal).await?;
+        frozen.base.seal()?;
+        let directory = context.layout.vm(id);
+        blocking(move || {
+            let docked = frozen::keep(&disks, &directory, id, &frozen, compatibility, stood_us)?;
+            Ok((docked, Arc::new(frozen)))
+        })
+        .await
+    }
+
+    fn new_base(&self) -> Result<Into> {
+        let base = Base::empty(self.record.launch.profile.memory.bytes())?;
+        let above = match &self.base {
+            Some(old) => base.copy_from(old).map(|()| true)?,
+            None => false,
+        };
+        Ok(Into::New { base: Arc::new(base), above })
+    }
+
+    /// Forks the VM.
+    ///
+    /// # Errors
+    /// `Refused` for a VM that cannot be captured; those of guest and QEMU, and with `all_or_nothing` those of any child.
+    /// Then the VM runs as before, and no child is left.
+    pub(crate) async fn fork(
+        self,
+        context: &Arc<Context>,
+        registry: &Registry,
+        children: Vec<Launch>,
+        all_or_nothing: bool,
+    ) -> Result<Forked> {
+        let running = self.running(context).await?;
+        let count = u32::try_from(children.len()).unwrap_or(u32::MAX);
+        // How much it will be, before it stands still.
+        let estimate = {
+            let (memory, scope) = (running.memory.clone(), running.scope);
+            blocking(move || memory.pages(scope).map(|pages| bytes(&pages))).await?
+        };
+        let into = match (way(self.base.as_ref().map(|base| base.held()), estimate, count), &self.base) {
+            (Way::Above, Some(base)) => Into::Above(base.clone()),
+            _ => self.new_base()?,
+        };
+        let base = match &into {
+            Into::Above(base) | Into::New { base, .. } => base.clone(),
+        };
+        let source = self.record.launch.id;
+        let (state_of_all, awaited) = watch::channel(None);
+        let (waiting, mut told) = mpsc::unbounded_channel();
+        let mut outcome: HashMap<VmId, Result<()>> = HashMap::new();
+        let mut expected: Vec<VmId> = Vec::new();
+        for launch in &children {
+            let claim = Claim {
+                origin: format!("fork of VM {}", self.record.launch.name),
+                source,
+                accelerator: self.record.accelerator,
+                base: base.clone(),
+                frozen: awaited.clone(),
+                waiting: Some(waiting.clone()),
+            };
+            match registry.launch(launch.clone(), Some(claim)).await {
+                Ok(()) => expected.push(launch.id),
+                Err(error) => drop(outcome.insert(launch.id, Err(error))),
+            }
+        }
+        drop((waiting, awaited));
+        let mut ready: Vec<VmId> = Vec::new();
+        let all_wait = async {
+            // Ends as well when all of them wait or have failed: then nobody has a sender any more.
+            while let Some(id) = told.recv().await {
+                ready.push(id);
+            }
+        };
+        // Late ones are left out.
+        let in_time = timeout(SPAWNED, all_wait).await.is_ok();
+        let missing = children.len() - ready.len();
+        let broken_off = |reason: &str| Err(Error::unavailable(reason.to_string()));
+        if ready.is_empty() || (all_or_nothing && missing > 0) {
+            let reason = format!("{missing} of {} children did not come up", children.len());
+            state_of_all.send_replace(Some(broken_off(&reason)));
+            let first = self.reasons(registry, &children).await.into_iter().flatten().next();
+            return Err(first.unwrap_or_else(|| Error::deadline(reason)));
+        }
+        if !in_time {
+            tracing::warn!(vm = %self.record.launch.name, missing, "some children are late, and are left out");
+        }
+        let make_disks = {
+            let (disks, ready) = (context.disks.clone(), ready.clone());
+            let launches: Vec<Launch> = children.iter().filter(|child| ready.contains(&child.id)).cloned().collect();
+            move || launches.iter().try_for_each(|launch| disks.clone_all(launch, source))
+        };
+        let captured = self.capture(&running, into, false, make_disks).await;
+        let Captured { frozen, stood_us, copied } = match captured {
+            Ok(captured) => captured,
+            Err(error) => {
+                state_of_all.send_replace(Some(Err(error.clone())));
+                return Err(error);
+            }
+        };
+        if frozen.written.is_none() {
+            frozen.base.seal()?;
+        }
+        state_of_all.send_replace(Some(Ok(Arc::new(frozen))));
+        let reasons = self.reasons(registry, &children).await;
+        let children: Vec<Child> = children
+            .iter()
+            .zip(reasons)
+            .map(|(launch, error)| {
+                let refused = outcome.remove(&launch.id).and_then(Result::err);
+                Child { id: launch.id, name: launch.name.clone(), error: refused.or(error) }
+            })
+            .collect();
+        Ok(Forked { children, paused_us: stood_us, copied: ByteSize(copied) })
+    }
+
+    /// Waits until each child runs or has failed; why it has.
+    async fn reasons(&self, registry: &Registry, children: &[Launch]) -> Vec<Option<Error>> {
+        let mut reasons = Vec::new();
+        for launch in children {
+            let come_up = async {
+                let mut handle = registry.get(launch.id).await?;
+                let view = handle.view.wait_for(|view| {
+                    !matches!(view.observed, Observed::Pending | Observed::Starting { .. } | Observed::Unknown { .. })
+                });
+                match &view.await.map_err(|_| Error::unavailable("it was removed"))?.observed {
+                    Observed::Failed { reason } | Observed::Stopped { reason } => {
+                        Err(Error::unavailable(reason.clone()))
+                    }
+                    _ => Ok(()),
+                }
+            };
+            let outcome = timeout(SETTLED, come_up).await;
+            reasons.push(outcome.unwrap_or_else(|_| Err(Error::deadline("it has not come up"))).err());
+        }
+        reasons
+    }
+}
+
+/// While its CPUs stand: all of it, side by side.
+async fn still(
+    running: &Running<'_>,
+    into: Into,
+    during: impl FnOnce() -> Result<()> + Send + 'static,
+) -> Result<(Frozen, u64)> {
+    let (memory, scope) = (running.memory.clone(), running.scope);
+    let memory = blocking(move || {
+        let pages = memory.pages(scope)?;
+        let copied = bytes(&pages);
+        Ok(match into {
+            Into::Above(base) => (base, Some(memory.capture(pages)?), copied),
+            Into::New { base, above: true } => {
+                memory.overwrite(&pages, &base)?;
+                (base, None, copied)
+            }
+            Into::New { base, above: false } => {
+                memory.fill(&pages, &base)?;
+                (base, None, copied)
+            }
+        })
+    });
+    let (devices, memory, during) = tokio::join!(Devices::save(running.monitor), memory, blocking(during));
+    let (base, written, copied) = memory?;
+    during?;
+    Ok((Frozen { base, written, devices: devices? }, copied))
+}

@@ -1,0 +1,150 @@
+//! Who an activated guest shall be, and whether it has become that.
+
+use std::{
+    collections::{HashSet, VecDeque},
+    sync::{Mutex, PoisonError},
+};
+
+use burgeon_api::{Error, Result, VmId, host::Launch, profile::Network, receipt::Receipt, vm::PhaseTime};
+use burgeon_guest::protocol;
+use burgeon_plan::receipt::{Wanted, check};
+
+/// Receipts that are remembered for comparison.
+const REMEMBERED: usize = 200_000;
+
+/// What guests of this host have shown: nothing of it may come twice.
+#[derive(Default)]
+pub(crate) struct Siblings(Mutex<Shown>);
+
+#[derive(Default)]
+struct Shown {
+    known: HashSet<String>,
+    in_order: VecDeque<String>,
+}
+
+impl Siblings {
+    /// Takes note of a receipt.
+    ///
+    /// # Errors
+    /// `Damaged` where another VM has shown the same.
+    pub(crate) fn admit(&self, receipt: &Receipt) -> Result<()> {
+        let own =
+            [("random bytes", &receipt.sample), ("generation", &receipt.generation), ("boot id", &receipt.boot_id)];
+        let mut shown = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((what, value)) = own.iter().find(|(_, value)| !value.is_empty() && shown.known.contains(*value)) {
+            return Err(Error::damaged(format!("the guest's receipt is not good: its {what} {value} is another VM's")));
+        }
+        for (_, value) in own {
+            if shown.known.insert(value.clone()) {
+                shown.in_order.push_back(value.clone());
+            }
+        }
+        while shown.in_order.len() > REMEMBERED {
+            if let Some(oldest) = shown.in_order.pop_front() {
+                shown.known.remove(&oldest);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn random<const N: usize>() -> Result<[u8; N]> {
+    let mut bytes = [0; N];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| Error::io("take random bytes", &error.into()))?;
+    Ok(bytes)
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The hardware address of a VM's first card: of the kind that everybody may choose, and made of the end of its id, which
+/// is random.
+pub(crate) fn hardware_address(id: VmId) -> [u8; 6] {
+    let id = id.uuid().into_bytes();
+    [0x02, id[11], id[12], id[13], id[14], id[15]]
+}
+
+fn text(address: [u8; 6]) -> String {
+    address.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+/// A new identity for a VM that goes on from a captured state.
+///
+/// # Errors
+/// Where the system has no random numbers.
+pub(crate) fn new(launch: &Launch, now_ns: u64) -> Result<protocol::Identity> {
+    let hardware_addresses = match launch.profile.network {
+        Network::None => Vec::new(),
+        Network::User => vec![hardware_address(launch.id)],
+    };
+    Ok(protocol::Identity {
+        generation: random::<16>()?,
+        entropy: random::<64>()?.to_vec(),
+        time_ns: now_ns,
+        host_name: launch.name.clone(),
+        machine_id: Some(launch.id.uuid().into_bytes()),
+        hardware_addresses,
+        end_connections: true,
+    })
+}
+
+/// What the guest has shown, in the words of the API. `now_ns` is the middle of the time in which its answer came.
+pub(crate) fn receipt(shown: protocol::Receipt, origin: String, now_ns: u64) -> Receipt {
+    let clock = i128::from(shown.time_ns) - i128::from(now_ns);
+    let plain = |text: &str| burgeon_api::path_text::printable(text.get(..64).unwrap_or(text));
+    let hooks = shown
+        .hooks
+        .iter()
+        .take(64)
+        .map(|(name, microseconds)| PhaseTime { phase: plain(name), microseconds: *microseconds });
+    Receipt {
+        generation: hexadecimal(&shown.generation),
+        origin,
+        host_name: plain(&shown.host_name),
+        machine_id: plain(&shown.machine_id),
+        boot_id: plain(&shown.boot_id),
+        sample: hexadecimal(&shown.sample),
+        clock_offset_us: i64::try_from(clock / 1000).unwrap_or(i64::MAX),
+        hardware_addresses: shown.hardware_addresses.into_iter().take(64).map(text).collect(),
+        ended_connections: shown.ended_connections,
+        hooks: hooks.collect(),
+        given_s: now_ns / 1_000_000_000,
+    }
+}
+
+/// Whether the guest is what it was made.
+///
+/// # Errors
+/// `Damaged`, with what differs.
+pub(crate) fn verify(receipt: &Receipt, identity: &protocol::Identity, siblings: &Siblings) -> Result<()> {
+    let wanted = Wanted {
+        generation: hexadecimal(&identity.generation),
+        host_name: identity.host_name.clone(),
+        machine_id: identity.machine_id.as_ref().map(|id| hexadecimal(id)),
+        hardware_addresses: identity.hardware_addresses.iter().copied().map(text).collect(),
+    };
+    check(receipt, &wanted)?;
+    siblings.admit(receipt)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_shows_what_another_has_shown() {
+        let siblings = Siblings::default();
+        let first = Receipt { sample: "a".into(), generation: "b".into(), boot_id: "c".into(), ..Receipt::default() };
+        siblings.admit(&first).unwrap();
+        let second = |sample: &str, generation: &str| Receipt {
+            sample: sample.into(),
+            generation: generation.into(),
+            ..Receipt::default()
+        };
+        assert!(siblings.admit(&second("a", "d")).unwrap_err().message.contains("random bytes a is another VM's"));
+        assert!(siblings.admit(&second("e", "b")).unwrap_err().message.contains("generation b"));
+        siblings.admit(&second("e", "f")).unwrap();
+    }
+}

@@ -1,0 +1,363 @@
+//! A guest's memory outside its QEMU: what many VMs begin with, and what one of them has written since.
+//!
+//! ```text
+//!   base (sealed memfd) ---mapped private---> QEMU of a VM: its own pages above the base's
+//!                                                |
+//!   written (memfd) <----------capture-----------+      ----apply----> QEMU of its fork
+//! ```
+//! QEMU never writes a base: its pages are copied by the kernel when the guest writes them. Which ones were copied, the
+//! kernel tells in `/proc/PID/pagemap` (Documentation/admin-guide/mm/pagemap.rst), and their content lies in
+//! `/proc/PID/mem`. A guest that was booted has no base: all that it has touched is written.
+
+use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
+
+use burgeon_api::{Error, Result};
+use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
+
+/// Bytes of a page on x86-64.
+pub const PAGE: u64 = PAGE_BYTES as u64;
+const PAGE_BYTES: usize = 4096;
+/// Pages that are moved with one call.
+const PIECE: u64 = 256 * PAGE;
+
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+/// A page of a file, or of shared memory: not copied by a write.
+const OF_FILE: u64 = 1 << 61;
+
+fn failed(action: &str) -> impl Fn(io::Error) -> Error {
+    move |error| Error::io(action.to_string(), &error)
+}
+
+/// Memory that VMs begin with. It is held for as long as a VM or this value uses it.
+#[derive(Debug)]
+pub struct Base {
+    file: File,
+    length: u64,
+}
+
+impl Base {
+    /// Memory of zeros, which takes no room until it is filled. Who maps it privately sees what is filled in later.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn empty(length: u64) -> Result<Base> {
+        let file = memfd(length)?;
+        Ok(Base { file, length })
+    }
+
+    /// Nobody can change it from now on, whoever has it open.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn seal(&self) -> Result<()> {
+        let seals = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
+        rustix::fs::fcntl_add_seals(&self.file, seals).map_err(|error| failed("seal a memory")(error.into()))
+    }
+
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// Bytes that it holds in the machine's memory.
+    pub fn held(&self) -> u64 {
+        rustix::fs::fstat(&self.file).map_or(0, |about| u64::try_from(about.st_blocks).unwrap_or(0) * 512)
+    }
+
+    /// Where it holds anything.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn data(&self) -> Result<Vec<Range<u64>>> {
+        data(&self.file)
+    }
+
+    /// Takes over what another base holds.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn copy_from(&self, other: &Base) -> Result<()> {
+        let read = |at: u64, buffer: &mut [u8]| other.file.read_exact_at(buffer, at);
+        let write = |at: u64, bytes: &[u8]| self.file.write_all_at(bytes, at);
+        other.data()?.into_iter().try_for_each(|range| copy(range, read, write))
+    }
+
+    /// Fills a part that holds zeros, from a multiple of the page's size on; pages of zeros take no room.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn fill(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        fill(&self.file, at, bytes).map_err(failed("fill a memory"))
+    }
+}
+
+fn memfd(length: u64) -> Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = rustix::fs::memfd_create("burgeon-memory", flags)
+        .map(File::from)
+        .map_err(|error| failed("make a memory")(error.into()))?;
+    file.set_len(length).map_err(failed("make a memory"))?;
+    Ok(file)
+}
+
+fn fill(file: &File, at: u64, bytes: &[u8]) -> io::Result<()> {
+    for run in runs(bytes.chunks(PAGE_BYTES).map(|page| page.iter().any(|byte| *byte != 0))) {
+        let part = |at: u64| usize::try_from(at).unwrap_or(usize::MAX).min(bytes.len());
+        file.write_all_at(&bytes[part(run.start)..part(run.end)], at + run.start)?;
+    }
+    Ok(())
+}
+
+fn data(file: &File) -> Result<Vec<Range<u64>>> {
+    let (mut all, mut at) = (Vec::new(), 0);
+    loop {
+        let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            Err(rustix::io::Errno::NXIO) => return Ok(all),
+            Err(error) => return Err(failed("look through a memory")(error.into())),
+        };
+        let end = rustix::fs::seek(file, SeekFrom::Hole(start))
+            .map_err(|error| failed("look through a memory")(error.into()))?;
+        all.push(start..end);
+        at = end;
+    }
+}
+
+fn copy(
+    range: Range<u64>,
+    read: impl Fn(u64, &mut [u8]) -> io::Result<()>,
+    write: impl Fn(u64, &[u8]) -> io::Result<()>,
+) -> Result<()> {
+    let mut buffer = vec![0; usize::try_from(PIECE.min(range.end - range.start)).unwrap_or(0)];
+    let mut at = range.start;
+    while at < range.end {
+        let length = usize::try_from(PIECE.min(range.end - at)).unwrap_or(0);
+        read(at, &mut buffer[..length]).map_err(failed("read a guest's memory"))?;
+        write(at, &buffer[..length]).map_err(failed("copy a guest's memory"))?;
+        at += length as u64;
+    }
+    Ok(())
+}
+
+/// The memory of a guest inside a running QEMU.
+#[derive(Debug)]
+pub struct Guest {
+    memory: File,
+    pagemap: File,
+    /// Where QEMU has it.
+    address: u64,
+    length: u64,
+}
+
+/// Which pages to look at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Those that the guest has written since it began with its base.
+    Written,
+    /// All: for a guest whose base is not at hand.
+    All,
+}
+
+impl Guest {
+    /// Opens the memory of process `pid`, `length` bytes from `address`.
+    ///
+    /// # Errors
+    /// `Refused` where this process may not; the system's.
+    pub fn open(pid: u32, address: u64, length: u64) -> Result<Guest> {
+        let open = |name: &str, write: bool| {
+            let path = format!("/proc/{pid}/{name}");
+            File::options().read(true).write(write).open(&path).map_err(|error| {
+                let told = Error::io(format!("open {path}"), &error);
+                match error.kind() {
+                    io::ErrorKind::PermissionDenied => {
+                        told.with_hint("the system keeps QEMU's memory from this user: see kernel.yama.ptrace_scope")
+                    }
+                    _ => told,
+                }
+            })
+        };
+        Ok(Guest { memory: open("mem", true)?, pagemap: open("pagemap", false)?, address, length })
+    }
+
+    /// Where pages of the scope lie. Costs about 8 ms for each GiB.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn pages(&self, scope: Scope) -> Result<Vec<Range<u64>>> {
+        if scope == Scope::All {
+            return Ok(std::iter::once(0..self.length).collect());
+        }
+        let count = usize::try_from(self.length / PAGE).map_err(|_| Error::internal("a memory beyond all bounds"))?;
+        let mut entries = vec![0; count * 8];
+        self.pagemap
+            .read_exact_at(&mut entries, self.address / PAGE * 8)
+            .map_err(failed("ask which pages a guest has written"))?;
+        let is_own = entries.as_chunks::<8>().0.iter().map(|entry| is_own(u64::from_le_bytes(*entry)));
+        Ok(runs(is_own))
+    }
+
+    fn read(&self, at: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.memory.read_exact_at(buffer, self.address + at)
+    }
+
+    /// Copies pages into a memory that holds zeros.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn fill(&self, pages: &[Range<u64>], base: &Base) -> Result<()> {
+        let write = |at: u64, bytes: &[u8]| fill(&base.file, at, bytes);
+        pages.iter().try_for_each(|range| copy(range.clone(), |at, buffer| self.read(at, buffer), write))
+    }
+
+    /// Copies pages over a memory that may hold others, zeros and all.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn overwrite(&self, pages: &[Range<u64>], base: &Base) -> Result<()> {
+        let write = |at: u64, bytes: &[u8]| base.file.write_all_at(bytes, at);
+        pages.iter().try_for_each(|range| copy(range.clone(), |at, buffer| self.read(at, buffer), write))
+    }
+
+    /// Copies pages aside.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn capture(&self, pages: Vec<Range<u64>>) -> Result<Written> {
+        let memory = Base::empty(self.length)?;
+        self.overwrite(&pages, &memory)?;
+        Ok(Written { memory, pages })
+    }
+
+    /// Puts what another guest has written into this one, which has not run yet.
+    ///
+    /// # Errors
+    /// `Invalid` where it does not fit; the system's.
+    pub fn apply(&self, written: &Written) -> Result<()> {
+        if written.memory.length != self.length {
+            return Err(Error::invalid("the guests' memories are not of one size"));
+        }
+        let read = |at: u64, buffer: &mut [u8]| written.memory.file.read_exact_at(buffer, at);
+        let write = |at: u64, bytes: &[u8]| self.memory.write_all_at(bytes, self.address + at);
+        written.pages.iter().try_for_each(|range| copy(range.clone(), read, write))
+    }
+}
+
+/// What a guest has written since it began with its base.
+#[derive(Debug)]
+pub struct Written {
+    memory: Base,
+    pages: Vec<Range<u64>>,
+}
+
+/// How much runs of pages hold.
+pub fn bytes(pages: &[Range<u64>]) -> u64 {
+    pages.iter().map(|range| range.end - range.start).sum()
+}
+
+/// Whether an entry of the page map is a page of the process's own.
+fn is_own(entry: u64) -> bool {
+    entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0
+}
+
+/// Runs of pages of which the answer is yes, in bytes.
+fn runs(pages: impl Iterator<Item = bool>) -> Vec<Range<u64>> {
+    let mut all: Vec<Range<u64>> = Vec::new();
+    for (number, wanted) in (0..).zip(pages) {
+        let page = number * PAGE..(number + 1) * PAGE;
+        match all.last_mut() {
+            Some(last) if wanted && last.end == page.start => last.end = page.end,
+            _ if wanted => all.push(page),
+            _ => {}
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_whole_and_apart() {
+        let page = |number: u64| number * PAGE;
+        let found = runs([true, true, false, true, false, false, true].into_iter());
+        assert_eq!(found, [page(0)..page(2), page(3)..page(4), page(6)..page(7)]);
+        assert_eq!(bytes(&found), page(4));
+        assert_eq!(runs([false, false].into_iter()), []);
+        assert!(is_own(PRESENT) && is_own(SWAPPED));
+        assert!(!is_own(PRESENT | OF_FILE) && !is_own(0));
+    }
+
+    #[test]
+    fn a_sealed_base_cannot_be_changed_and_zeros_take_no_room() {
+        let base = Base::empty(64 * PAGE).unwrap();
+        base.fill(3 * PAGE, &[7; 100]).unwrap();
+        assert!(base.data().unwrap().into_iter().eq(std::iter::once(3 * PAGE..4 * PAGE)));
+        base.seal().unwrap();
+        assert!(base.fill(0, b"x").is_err());
+        assert!(base.file().set_len(0).is_err());
+        let copy = Base::empty(64 * PAGE).unwrap();
+        copy.copy_from(&base).unwrap();
+        let mut page = [0; 100];
+        copy.file().read_exact_at(&mut page, 3 * PAGE).unwrap();
+        assert_eq!((page, copy.held()), ([7; 100], PAGE));
+    }
+
+    /// This process stands in for QEMU: a private mapping of a base, of which some pages were written.
+    #[test]
+    fn what_was_written_above_a_base_is_found_and_moved() {
+        use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+        let length = 16 * PAGE;
+        let base = Base::empty(length).unwrap();
+        base.fill(2 * PAGE, &[1; 4096]).unwrap();
+        base.seal().unwrap();
+        let size = usize::try_from(length).unwrap();
+        let map = || {
+            // SAFETY: a new mapping of a file that nobody can shrink, at an address of the kernel's choice.
+            unsafe {
+                let rights = ProtFlags::READ | ProtFlags::WRITE;
+                mmap(std::ptr::null_mut(), size, rights, MapFlags::PRIVATE, base.file(), 0).unwrap()
+            }
+        };
+        let (source, child) = (map(), map());
+        // SAFETY: both are mappings of `size` bytes that live until the end of this test, used by this thread alone.
+        let (of_source, of_child) = unsafe {
+            let slice = |at: *mut std::ffi::c_void| std::slice::from_raw_parts_mut(at.cast::<u8>(), size);
+            (slice(source), slice(child))
+        };
+        // A page of the base is read, one is overwritten by zeros, a new one is written.
+        assert_eq!(of_source[2 * 4096], 1);
+        of_source[2 * 4096..3 * 4096].fill(0);
+        of_source[5 * 4096..7 * 4096].fill(9);
+        let open = |at: *mut std::ffi::c_void| Guest::open(std::process::id(), at as u64, length).unwrap();
+        let guest = open(source);
+        let pages = guest.pages(Scope::Written).unwrap();
+        assert_eq!(pages, [2 * PAGE..3 * PAGE, 5 * PAGE..7 * PAGE]);
+        let written = guest.capture(pages.clone()).unwrap();
+        of_source[8 * 4096] = 4;
+        open(child).apply(&written).unwrap();
+        assert_eq!((of_child[2 * 4096], of_child[6 * 4096], of_child[8 * 4096]), (0, 9, 0));
+        // A new base out of the old one and what was written; one of all that there is.
+        let (merged, whole) = (Base::empty(length).unwrap(), Base::empty(length).unwrap());
+        merged.copy_from(&base).unwrap();
+        guest.overwrite(&pages, &merged).unwrap();
+        guest.fill(&guest.pages(Scope::All).unwrap(), &whole).unwrap();
+        let at = |base: &Base, page: u64| {
+            let mut byte = [0];
+            base.file().read_exact_at(&mut byte, page * PAGE).unwrap();
+            byte[0]
+        };
+        assert_eq!((at(&merged, 2), at(&merged, 5), at(&merged, 8)), (0, 9, 0));
+        assert_eq!((at(&whole, 2), at(&whole, 5), at(&whole, 8)), (0, 9, 4));
+        assert_eq!(whole.held(), 3 * PAGE);
+        // SAFETY: no slice of the mappings is used from here on.
+        unsafe {
+            munmap(source, size).unwrap();
+            munmap(child, size).unwrap();
+        }
+    }
+}
