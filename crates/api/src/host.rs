@@ -222,6 +222,10 @@ pub enum Request {
         vm: VmId,
         recipe: Recipe,
     },
+    /// Captures a running VM, keeps that in the store, and ends its process. A start lets it go on.
+    Park {
+        vm: VmId,
+    },
     /// Ends a VM that could not be made what it should become: it has failed, for this reason.
     GiveUp {
         vm: VmId,

@@ -45,6 +45,8 @@ pub enum Observed {
     Stopped { reason: String },
     /// A substrate: its state is kept, and it has no process.
     Docked,
+    /// Its state is kept, and it has no process; started, it goes on where it was.
+    Parked { reason: String },
     /// It could not be started, or was lost.
     Failed { reason: String },
     /// The host process cannot be asked, or cannot reach the VM; it may well be running.
@@ -61,6 +63,7 @@ impl Observed {
             Observed::Running => "running",
             Observed::Stopped { .. } => "stopped",
             Observed::Docked => "docked",
+            Observed::Parked { .. } => "parked",
             Observed::Failed { .. } => "failed",
             Observed::Unknown { .. } => "unknown",
             Observed::Damaged { .. } => "damaged",
@@ -72,7 +75,8 @@ impl Observed {
         match self {
             Observed::Pending | Observed::Running | Observed::Docked => "",
             Observed::Starting { phase } => phase,
-            Observed::Stopped { reason }
+            Observed::Parked { reason }
+            | Observed::Stopped { reason }
             | Observed::Failed { reason }
             | Observed::Unknown { reason }
             | Observed::Damaged { reason } => reason,

@@ -218,7 +218,7 @@ pub enum VmCommand {
         #[arg(long, short)]
         recursive: bool,
     },
-    /// Start VMs that have stopped again, with their disks
+    /// Start VMs that have stopped again, with their disks; those that were parked go on where they were
     Start {
         #[arg(required = true)]
         vms: Vec<String>,
@@ -257,6 +257,11 @@ pub enum VmCommand {
     },
     /// Make other VMs of a running one, as it is at this instant
     Fork(ForkArguments),
+    /// Keep the state of VMs and free their memory; vm start lets them go on where they were
+    Park {
+        #[arg(required = true)]
+        vms: Vec<String>,
+    },
     /// Show what a VM that goes on from a substrate, or was forked, has proved of its identity
     Receipt(VmName),
     /// A VM's disks: plug in, grow, snapshot

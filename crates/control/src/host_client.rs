@@ -88,6 +88,11 @@ impl HostClient {
         self.done(Request::Dock { vm, recipe }, DOCK).await
     }
 
+    /// Keeps a running VM's state and ends its process.
+    pub(crate) async fn park(&self, vm: VmId) -> Result<()> {
+        self.done(Request::Park { vm }, FORK).await
+    }
+
     /// Ends a VM that could not be made what it should become.
     pub(crate) async fn give_up(&self, vm: VmId, reason: String) -> Result<()> {
         self.done(Request::GiveUp { vm, reason }, SLOW).await

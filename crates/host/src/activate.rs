@@ -34,7 +34,7 @@ use crate::{
     prepare,
     record::Record,
     start::{
-        Context, KillUnlessUp, MONITOR_DEADLINE, Phases, Step, Up, clock_ns, connect_agent, connect_monitor,
+        self, Context, KillUnlessUp, MONITOR_DEADLINE, Phases, Step, Up, clock_ns, connect_agent, connect_monitor,
         group_name, standing_limits,
     },
 };
@@ -51,6 +51,7 @@ pub(crate) type Awaited = Option<Result<Arc<Frozen>>>;
 #[derive(Clone)]
 pub(crate) struct Claim {
     pub(crate) origin: String,
+    /// The VM that was captured; itself, for one that was parked.
     pub(crate) source: VmId,
     pub(crate) accelerator: Accelerator,
     pub(crate) base: Arc<Base>,
@@ -68,6 +69,20 @@ impl Claim {
         Ok(Claim {
             origin: format!("substrate {}", record.launch.name),
             source,
+            accelerator: record.accelerator,
+            base: frozen.base.clone(),
+            frozen: awaited,
+            waiting: None,
+        })
+    }
+
+    /// Of a VM that was parked.
+    pub(crate) async fn of_parked(context: &Context, record: &Record) -> Result<Claim> {
+        let frozen = Arc::new(context.substrates.load(&context.qemu, &context.disks, &context.layout, record).await?);
+        let (_, awaited) = watch::channel(Some(Ok(frozen.clone())));
+        Ok(Claim {
+            origin: "its own parked state".into(),
+            source: record.launch.id,
             accelerator: record.accelerator,
             base: frozen.base.clone(),
             frozen: awaited,
@@ -98,7 +113,11 @@ pub(crate) async fn bring_up(
     phases.enter("spawn");
     let launch = &record.launch;
     let run_as = process::run_as(launch.id.uuid().as_u128(), claim.accelerator);
-    let attached = {
+    let own = claim.source == launch.id;
+    let attached = if own {
+        prepare::prepare(&context.layout, directory, launch, prepare::Disk::Kept, context.agent, run_as).await?;
+        start::serve_disks(&context.disks, launch, run_as, false).await?
+    } else {
         let (layout, disks, of_launch) = (context.layout.clone(), context.disks.clone(), launch.clone());
         let (directory, source) = (directory.to_path_buf(), claim.source);
         blocking(move || {
@@ -132,12 +151,14 @@ pub(crate) async fn bring_up(
         host_boot_id: process::host_boot_id(),
         process: Some(identity),
         limits,
+        receipt: None,
+        awaits_receipt: true,
         ended: None,
         ..record.clone()
     };
     started.store(directory)?;
-    tell(Step::Started { record: Box::new(started) });
-    let going_on = go_on(context, directory, launch, &mut claim, process.clone(), &mut phases);
+    tell(Step::Started { record: Box::new(started.clone()) });
+    let going_on = go_on(context, directory, &started, &mut claim, process.clone(), &mut phases);
     let up = tokio::select! {
         up = going_on => up?,
         () = process.ended() => {
@@ -153,11 +174,12 @@ pub(crate) async fn bring_up(
 async fn go_on(
     context: &Context,
     directory: &Path,
-    launch: &Launch,
+    record: &Record,
     claim: &mut Claim,
     process: Arc<Process>,
     phases: &mut Phases<'_>,
 ) -> Result<Up> {
+    let launch = &record.launch;
     let deadline = Instant::now() + MONITOR_DEADLINE;
     let (console, qmp) = connect_monitor(directory, deadline).await?;
     state::tell_when_loaded(&qmp).await?;
@@ -173,7 +195,7 @@ async fn go_on(
         if let Some(written) = &of_frozen.written {
             memory.apply(written)?;
         }
-        if of_launch.begin == Begin::Substrate {
+        if of_launch.begin == Begin::Substrate && source != of_launch.id {
             disks.clone_all(&of_launch, source)?;
         }
         disks.bind_all(of_launch.id)
@@ -183,6 +205,12 @@ async fn go_on(
     frozen.devices.load(&qmp).await?;
     phases.enter("resume");
     let agent = connect_agent(directory, &launch.name, deadline).await?;
+    if record.docked.is_some() {
+        // From here on its disk may change, and the kept memory does not fit it any more.
+        let going_on = Record { docked: None, ..record.clone() };
+        going_on.store(directory)?;
+        phases.tell(Step::Started { record: Box::new(going_on) });
+    }
     state::go_on(&qmp).await?;
     let receipt = identify(context, launch, claim, &agent, phases).await?;
     phases.enter("thaw");
@@ -212,7 +240,8 @@ async fn identify(
 ) -> Result<burgeon_api::receipt::Receipt> {
     agent.wait_ready(Instant::now() + IDENTITY_DEADLINE).await?;
     phases.enter("identify");
-    let wanted = identity::new(launch, clock_ns())?;
+    let own = claim.source == launch.id;
+    let wanted = identity::new(launch, own, clock_ns())?;
     let asked = clock_ns();
     let shown = agent
         .clone()
@@ -223,6 +252,6 @@ async fn identify(
     // The guest told its time somewhere between the question and the answer.
     let told = clock_ns().min(asked.max(shown.time_ns)).max(asked);
     let receipt = identity::receipt(shown, claim.origin.clone(), told);
-    identity::verify(&receipt, &wanted, &context.siblings)?;
+    identity::verify(&receipt, &wanted, own, &context.siblings)?;
     Ok(receipt)
 }

@@ -79,6 +79,15 @@ pub(crate) fn capture_is_over(directory: &Path) {
     }
 }
 
+/// What becomes of a VM that is captured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    GoesOn,
+    /// It is a substrate from then on, and nobody in particular.
+    Substrate,
+    Parked,
+}
+
 struct Captured {
     frozen: Frozen,
     stood_us: u64,
@@ -120,7 +129,7 @@ impl Gate {
         &self,
         running: &Running<'_>,
         into: Into,
-        substrate: bool,
+        end: End,
         during: impl FnOnce() -> Result<()> + Send + 'static,
     ) -> Result<Captured> {
         let directory = &running.directory;
@@ -128,18 +137,19 @@ impl Gate {
         let begun = Instant::now();
         let captured = async {
             running.agent.freeze().await?;
-            if substrate {
-                running.agent.clone().with_deadline(SETTLED).settle(true).await?;
+            if end != End::GoesOn {
+                let generalise = end == End::Substrate;
+                running.agent.clone().with_deadline(SETTLED).settle(generalise).await?;
             }
             state::pause(running.monitor).await?;
             let captured = still(running, into, during).await;
-            if !(substrate && captured.is_ok()) {
+            if end == End::GoesOn || captured.is_err() {
                 state::go_on(running.monitor).await?;
             }
             captured
         }
         .await;
-        if !(substrate && captured.is_ok()) {
+        if end == End::GoesOn || captured.is_err() {
             // The reason why it failed is worth more than that this does too.
             let thawed = running.agent.thaw().await;
             if captured.is_ok() {
@@ -147,19 +157,19 @@ impl Gate {
             }
         }
         let stood_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-        if !(substrate && captured.is_ok()) {
+        if end == End::GoesOn || captured.is_err() {
             capture_is_over(directory);
         }
         let (frozen, copied) = captured?;
         Ok(Captured { frozen, stood_us, copied })
     }
 
-    /// Captures the VM to be a substrate: what that is, for its owner to write down before its process ends. It stands
-    /// still from here on.
+    /// Captures the VM and keeps that: what it is, for its owner to write down before its process ends. It stands still
+    /// from here on, until [`Gate::go_on`].
     ///
     /// # Errors
     /// `Refused` for a VM that cannot be captured; those of guest, QEMU and store.
-    pub(crate) async fn dock(&self, context: &Context) -> Result<(Docked, Arc<Frozen>)> {
+    pub(crate) async fn dock(&self, context: &Context, end: End) -> Result<(Docked, Arc<Frozen>)> {
         let running = self.running(context).await?;
         let (record, disks, id) = (&self.record, context.disks.clone(), self.record.launch.id);
         let compatibility =
@@ -169,14 +179,31 @@ impl Gate {
             let disks = disks.clone();
             move || disks.seal_all(id)
         };
-        let Captured { frozen, stood_us, .. } = self.capture(&running, into, true, seal).await?;
+        let Captured { frozen, stood_us, .. } = self.capture(&running, into, end, seal).await?;
         frozen.base.seal()?;
         let directory = context.layout.vm(id);
-        blocking(move || {
+        let kept = blocking(move || {
             let docked = frozen::keep(&disks, &directory, id, &frozen, compatibility, stood_us)?;
             Ok((docked, Arc::new(frozen)))
         })
-        .await
+        .await;
+        if kept.is_err() && end == End::Parked {
+            self.go_on(context).await?;
+        }
+        kept
+    }
+
+    /// Lets a VM go on that was captured to be kept.
+    ///
+    /// # Errors
+    /// Those of QEMU and the guest.
+    pub(crate) async fn go_on(&self, context: &Context) -> Result<()> {
+        if let (Some(monitor), Some(agent)) = (&self.monitor, &self.agent) {
+            state::go_on(monitor).await?;
+            agent.thaw().await?;
+        }
+        capture_is_over(&context.layout.vm(self.record.launch.id));
+        Ok(())
     }
 
     fn new_base(&self) -> Result<Into> {
@@ -259,7 +286,7 @@ impl Gate {
             let launches: Vec<Launch> = children.iter().filter(|child| ready.contains(&child.id)).cloned().collect();
             move || launches.iter().try_for_each(|launch| disks.clone_all(launch, source))
         };
-        let captured = self.capture(&running, into, false, make_disks).await;
+        let captured = self.capture(&running, into, End::GoesOn, make_disks).await;
         let Captured { frozen, stood_us, copied } = match captured {
             Ok(captured) => captured,
             Err(error) => {

@@ -87,22 +87,39 @@ impl Substrates {
         disks: &Arc<Disks>,
         id: VmId,
     ) -> Result<(Record, Arc<Frozen>)> {
-        let directory = layout.vm(id);
-        let record = Record::load(&directory).map_err(|error| error.context("find the substrate"))?;
-        let docked =
-            record.docked.clone().ok_or_else(|| Error::unavailable(format!("{} is not docked", record.launch.name)))?;
-        let now = self.compatibility(qemu, &record.launch, record.accelerator, disks.attached(id)?)?;
-        compare(&record.launch.name, &docked.compatibility, &now)?;
+        let record = Record::load(&layout.vm(id)).map_err(|error| error.context("find the substrate"))?;
+        self.check(qemu, disks, &record)?;
         let cell = self.cell(id);
-        let frozen = cell
-            .get_or_try_init(|| async {
-                let (disks, length) = (disks.clone(), record.launch.profile.memory.bytes());
-                let work = move || load(&disks, &directory, &docked, length).map(Arc::new);
-                crate::plug::blocking(work).await
-            })
-            .await?
-            .clone();
+        let load = || async { self.load(qemu, disks, layout, &record).await.map(Arc::new) };
+        let frozen = cell.get_or_try_init(load).await?.clone();
         Ok((record, frozen))
+    }
+
+    /// What is kept of a captured VM, where this machine can let it go on.
+    fn check(&self, qemu: &Qemu, disks: &Disks, record: &Record) -> Result<Docked> {
+        let name = &record.launch.name;
+        let docked = record.docked.clone().ok_or_else(|| Error::unavailable(format!("{name} is not docked")))?;
+        let attached = disks.attached(record.launch.id)?;
+        let now = self.compatibility(qemu, &record.launch, record.accelerator, attached)?;
+        compare(name, &docked.compatibility, &now)?;
+        Ok(docked)
+    }
+
+    /// Brings a captured VM back into memory.
+    ///
+    /// # Errors
+    /// As [`Substrates::get`].
+    pub(crate) async fn load(
+        &self,
+        qemu: &Qemu,
+        disks: &Arc<Disks>,
+        layout: &Layout,
+        record: &Record,
+    ) -> Result<Frozen> {
+        let docked = self.check(qemu, disks, record)?;
+        let (disks, directory) = (disks.clone(), layout.vm(record.launch.id));
+        let length = record.launch.profile.memory.bytes();
+        crate::plug::blocking(move || load(&disks, &directory, &docked, length)).await
     }
 
     /// What a captured VM needs to be the same when it goes on.
@@ -166,8 +183,8 @@ fn compare(name: &str, was: &Compatibility, is: &Compatibility) -> Result<()> {
     if different.is_empty() {
         return Ok(());
     }
-    Err(Error::refused(format!("substrate {name} cannot go on here: {}", different.join("; ")))
-        .with_hint("make it anew: burgeon substrate rm, then burgeon substrate create"))
+    Err(Error::refused(format!("{name} cannot go on here: {}", different.join("; ")))
+        .with_hint("make a substrate anew: burgeon substrate rm, then burgeon substrate create; a parked VM waits for the QEMU that it was parked with"))
 }
 
 /// Keeps a captured VM in the store and in its directory.
@@ -208,7 +225,15 @@ pub(crate) fn keep(
     })
 }
 
-/// Brings a captured VM back into memory.
+/// Lets go of what was kept of a VM that goes on.
+pub(crate) fn forget(disks: &Disks, directory: &Path, id: VmId) -> Result<()> {
+    match fs::remove_file(directory.join(DEVICES)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::io("remove a kept state", &error)),
+        _ => {}
+    }
+    disks.forget_memory(id)
+}
+
 fn load(disks: &Disks, directory: &Path, docked: &Docked, length: u64) -> Result<Frozen> {
     let path = directory.join(DEVICES);
     let devices = fs::read(&path).map_err(|error| Error::io(format!("read {}", path.display()), &error))?;

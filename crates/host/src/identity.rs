@@ -70,23 +70,24 @@ fn text(address: [u8; 6]) -> String {
     address.map(|byte| format!("{byte:02x}")).join(":")
 }
 
-/// A new identity for a VM that goes on from a captured state.
+/// A new identity for a VM that goes on from a captured state. One that goes on from its own keeps what it is called by;
+/// what must never come twice is new all the same.
 ///
 /// # Errors
 /// Where the system has no random numbers.
-pub(crate) fn new(launch: &Launch, now_ns: u64) -> Result<protocol::Identity> {
+pub(crate) fn new(launch: &Launch, own: bool, now_ns: u64) -> Result<protocol::Identity> {
     let hardware_addresses = match launch.profile.network {
-        Network::None => Vec::new(),
-        Network::User => vec![hardware_address(launch.id)],
+        Network::User if !own => vec![hardware_address(launch.id)],
+        Network::User | Network::None => Vec::new(),
     };
     Ok(protocol::Identity {
         generation: random::<16>()?,
         entropy: random::<64>()?.to_vec(),
         time_ns: now_ns,
         host_name: launch.name.clone(),
-        machine_id: Some(launch.id.uuid().into_bytes()),
+        machine_id: (!own).then(|| launch.id.uuid().into_bytes()),
         hardware_addresses,
-        end_connections: true,
+        end_connections: !own,
     })
 }
 
@@ -118,12 +119,12 @@ pub(crate) fn receipt(shown: protocol::Receipt, origin: String, now_ns: u64) -> 
 ///
 /// # Errors
 /// `Damaged`, with what differs.
-pub(crate) fn verify(receipt: &Receipt, identity: &protocol::Identity, siblings: &Siblings) -> Result<()> {
+pub(crate) fn verify(receipt: &Receipt, identity: &protocol::Identity, own: bool, siblings: &Siblings) -> Result<()> {
     let wanted = Wanted {
         generation: hexadecimal(&identity.generation),
         host_name: identity.host_name.clone(),
         machine_id: identity.machine_id.as_ref().map(|id| hexadecimal(id)),
-        hardware_addresses: identity.hardware_addresses.iter().copied().map(text).collect(),
+        hardware_addresses: (!own).then(|| identity.hardware_addresses.iter().copied().map(text).collect()),
     };
     check(receipt, &wanted)?;
     siblings.admit(receipt)

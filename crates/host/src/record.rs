@@ -39,7 +39,10 @@ pub(crate) struct Record {
     /// What it has shown of its identity, where it goes on from a captured state.
     #[serde(default)]
     pub receipt: Option<Receipt>,
-    /// What is kept of it, where it is a substrate.
+    /// It is going on from a captured state, and has not shown its receipt yet.
+    #[serde(default)]
+    pub awaits_receipt: bool,
+    /// What is kept of it, where it is a substrate or parked.
     #[serde(default)]
     pub docked: Option<Docked>,
     /// How it ended, once it has.

@@ -124,6 +124,11 @@ fn find_left_over(context: &Arc<Context>, changes: &broadcast::Sender<HostVm>) -
             }
         }
     }
+    for receipt in vms.values().filter_map(|handle| handle.view.borrow().receipt.clone()) {
+        if let Err(error) = context.siblings.admit(&receipt) {
+            tracing::error!(vm = %receipt.host_name, %error, "found");
+        }
+    }
     if all_read {
         let (disks, ids) = (context.disks.clone(), vms.keys().copied().collect());
         tokio::task::spawn_blocking(move || {
@@ -143,6 +148,15 @@ fn look_for(directory: &Path, mut record: Record) -> (Record, Result<Arc<Process
             left_over.kill();
         }
         return (record, Err(ended));
+    }
+    if record.docked.is_some() {
+        // It had not gone on: what is kept of it is as it was.
+        let left_over = record.process.take().or_else(|| find_unrecorded(directory));
+        if let Some(process) = left_over.and_then(|identity| Process::hold(&identity).ok()) {
+            process.kill();
+        }
+        let reason = "the host process ended before it went on".to_string();
+        return (record, Err(Observed::Parked { reason }));
     }
     if record.process.is_none() {
         record.process = find_unrecorded(directory);

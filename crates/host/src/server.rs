@@ -19,6 +19,7 @@ use tokio::{
 
 use crate::{
     console,
+    fork::End,
     plug::{self, blocking},
     registry::Registry,
     session::Attachment,
@@ -171,6 +172,10 @@ impl Connection {
                 self.dock(vm, &recipe).await?;
                 reply(stream, &Reply::Done).await
             }
+            Request::Park { vm } => {
+                self.park(vm).await?;
+                reply(stream, &Reply::Done).await
+            }
             Request::GiveUp { vm, reason } => {
                 self.ask_vm(vm, |done| Command::GiveUp { reason, done }).await??;
                 reply(stream, &Reply::Done).await
@@ -213,8 +218,9 @@ impl Connection {
         let gate = self.ask_vm(vm, |reply| Command::Gate { reply }).await??;
         let made = async {
             gate.warm_up(recipe).await?;
-            let (docked, frozen) = gate.dock(&self.context).await?;
-            self.ask_vm(vm, |done| Command::Docked { docked: Box::new(docked), done }).await??;
+            let (docked, frozen) = gate.dock(&self.context, End::Substrate).await?;
+            let (docked, observed) = (Box::new(docked), Observed::Docked);
+            self.ask_vm(vm, |done| Command::Docked { docked, observed, done }).await??;
             Ok::<_, Error>(frozen)
         };
         match made.await {
@@ -228,6 +234,23 @@ impl Connection {
                 Err(error)
             }
         }
+    }
+
+    /// Keeps a VM's state and ends its process. One that is parked already stays as it is.
+    async fn park(&self, vm: VmId) -> Result<()> {
+        let handle = self.registry.get(vm).await?;
+        if matches!(handle.view.borrow().observed, Observed::Parked { .. }) {
+            return Ok(());
+        }
+        let gate = self.ask_vm(vm, |reply| Command::Gate { reply }).await??;
+        let (docked, _) = gate.dock(&self.context, End::Parked).await.map_err(|error| error.context("park the VM"))?;
+        let (docked, observed) = (Box::new(docked), Observed::Parked { reason: "parked on request".into() });
+        let parked = self.ask_vm(vm, |done| Command::Docked { docked, observed, done }).await;
+        let parked = parked.and_then(|parked| parked);
+        if parked.is_err() {
+            gate.go_on(&self.context).await?;
+        }
+        parked
     }
 
     /// What changes which disks there are goes through the VM's gate; the rest needs only the disks.

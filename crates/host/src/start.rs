@@ -165,6 +165,10 @@ impl<'a> Phases<'a> {
         Phases { tell, times: Vec::new(), since: Instant::now(), current: "" }
     }
 
+    pub(crate) fn tell(&self, step: Step) {
+        (self.tell)(step);
+    }
+
     pub(crate) fn enter(&mut self, phase: &'static str) {
         let now = Instant::now();
         if !self.current.is_empty() {
@@ -253,7 +257,12 @@ async fn try_once(
 }
 
 /// Has the VM's disks served, in a thread that may wait; and tells which are plugged in beside the root.
-async fn serve_disks(disks: &Arc<Disks>, launch: &Launch, run_as: RunAs, new: bool) -> Result<Vec<Attached>> {
+pub(crate) async fn serve_disks(
+    disks: &Arc<Disks>,
+    launch: &Launch,
+    run_as: RunAs,
+    new: bool,
+) -> Result<Vec<Attached>> {
     let owner = match run_as {
         RunAs::User { number, .. } => Some(number),
         RunAs::Same => None,
@@ -421,7 +430,7 @@ pub(crate) async fn adopt(disks: &Arc<Disks>, directory: &Path, record: &Record,
         Err(_) => None,
     };
     let mut up = Up::without_guest(process, qmp, console);
-    if record.receipt.is_none() && launch.begin.is_activation() {
+    if record.awaits_receipt {
         // It was being given its identity, and nobody knows how far that went.
         up.process.kill();
         return Err(Error::damaged("the host process ended before the VM had shown its receipt"));

@@ -31,7 +31,7 @@ use burgeon_api::{
     vm::{Accelerator, HostVm, Observed},
 };
 use burgeon_guest::{client::AgentClient, protocol::StopHow};
-use burgeon_qemu::{process::Process, qmp::Event};
+use burgeon_qemu::{memory::Base, process::Process, qmp::Event};
 use serde_json::Value;
 use tokio::{
     net::UnixStream,
@@ -42,7 +42,7 @@ use tokio::{
 
 use crate::{
     activate::{self, Claim},
-    display, fork,
+    display, fork, frozen,
     plug::Gate,
     prepare::Disk,
     record::Record,
@@ -92,9 +92,10 @@ pub(crate) enum Command {
     Gate {
         reply: oneshot::Sender<Result<Gate>>,
     },
-    /// It is captured as a substrate: its process ends. From whom has the gate.
+    /// It is captured, as a substrate or to be parked: its process ends. From whom has the gate.
     Docked {
         docked: Box<Docked>,
+        observed: Observed,
         done: oneshot::Sender<Result<()>>,
     },
     /// It is not what it should have become, and ends for this reason.
@@ -134,6 +135,8 @@ struct Owner {
     retry_at: Option<Instant>,
     /// Left by an earlier host process, and not yet taken hold of.
     adopting: bool,
+    /// What its memory began with, where that is known.
+    base: Option<Arc<Base>>,
     /// Held by who changes the VM's disks: then it is not started.
     gate: Arc<Mutex<()>>,
     /// The guest is paused because its disk could not be written; when to let it try again.
@@ -159,6 +162,7 @@ pub(crate) fn launch(
         adoptions: 0,
         starts: 0,
         receipt: None,
+        awaits_receipt: false,
         docked: None,
         ended: None,
     };
@@ -241,6 +245,7 @@ fn spawn(
         monitor: None,
         retry_at: None,
         adopting,
+        base: None,
         gate: Arc::default(),
         disk_retry_at: None,
     };
@@ -265,6 +270,7 @@ fn bring_up(
         };
         let claim = match (claim, record.launch.begin) {
             (Some(claim), _) => Some(claim),
+            _ if record.docked.is_some() => Some(Claim::of_parked(&context, &record).await?),
             // A VM that has stopped boots from its disk, however it began.
             _ if disk == Disk::Kept => None,
             (None, burgeon_api::host::Begin::Substrate) => Some(Claim::of_substrate(&context, &record.launch).await?),
@@ -398,8 +404,13 @@ impl Owner {
                 let guest = up.guest.clone();
                 if let Some(receipt) = up.receipt.clone() {
                     self.record.receipt = Some(receipt);
+                    self.record.awaits_receipt = false;
                     // Before anybody is told that it runs: the next host process ends one without.
                     self.store();
+                    self.forget_kept();
+                }
+                if up.base.is_some() {
+                    self.base.clone_from(&up.base);
                 }
                 self.up = Some(up);
                 let (disks, launch) = (self.context.disks.clone(), self.record.launch.clone());
@@ -424,7 +435,27 @@ impl Owner {
                     });
                 }
             }
+            // What is kept of it is as it was.
+            Err(error) if self.record.docked.is_some() => {
+                self.finish(Observed::Parked { reason: format!("it could not go on: {error}") });
+            }
+            // Its disk is its own, and it may boot from that.
+            Err(error) if self.record.starts > 0 && self.record.awaits_receipt => {
+                self.finish(Observed::Stopped { reason: format!("it could not go on: {error}") });
+            }
             Err(error) => self.finish(Observed::Failed { reason: error.to_string() }),
+        }
+    }
+
+    /// Lets go of what was kept of it while it was parked.
+    fn forget_kept(&self) {
+        let (disks, directory, id) = (self.context.disks.clone(), self.directory.clone(), self.record.launch.id);
+        if self.record.starts > 0 {
+            tokio::task::spawn_blocking(move || {
+                if let Err(error) = frozen::forget(&disks, &directory, id) {
+                    tracing::warn!(vm = %id, %error, "what was kept of it while it was parked takes room until it is removed");
+                }
+            });
         }
     }
 
@@ -527,6 +558,7 @@ impl Owner {
     /// The VM is over, one way or the other.
     fn finish(&mut self, observed: Observed) {
         self.up = None;
+        self.base = None;
         self.retry_at = None;
         self.disk_retry_at = None;
         self.sessions.clear();
@@ -608,8 +640,8 @@ impl Owner {
                 drop(done.send(Ok(())));
             }
             Command::Gate { reply } => drop(reply.send(self.gate())),
-            Command::Docked { docked, done } => {
-                let outcome = self.dock(*docked).await;
+            Command::Docked { docked, observed, done } => {
+                let outcome = self.dock(*docked, observed).await;
                 drop(done.send(outcome));
             }
             Command::GiveUp { reason, done } => {
@@ -624,16 +656,16 @@ impl Owner {
     }
 
     /// Its state is kept: the process is not needed any more.
-    async fn dock(&mut self, docked: Docked) -> Result<()> {
+    async fn dock(&mut self, docked: Docked, observed: Observed) -> Result<()> {
         if self.up.is_none() {
             return Err(Error::conflict("the VM ended while it was captured"));
         }
-        let record = Record { docked: Some(docked), ended: Some(Observed::Docked), ..self.record.clone() };
+        let record = Record { docked: Some(docked), ended: Some(observed.clone()), ..self.record.clone() };
         record.store(&self.directory)?;
         self.record = record;
         self.end_process().await;
         fork::capture_is_over(&self.directory);
-        self.finish(Observed::Docked);
+        self.finish(observed);
         Ok(())
     }
 
@@ -653,6 +685,10 @@ impl Owner {
                 .with_hint(format!("make a VM of it: burgeon vm create --substrate {name}")));
         }
         let is_over = matches!(observed, Observed::Stopped { .. } | Observed::Failed { .. });
+        if matches!(observed, Observed::Parked { .. }) {
+            return Err(Error::conflict(format!("VM {name} is parked, and its memory fits its disks as they are"))
+                .with_hint(format!("let it go on first: burgeon vm start {name}")));
+        }
         if self.up.is_none() && !is_over || self.removing.is_some() || self.stopping.is_some() {
             let state = if self.stopping.is_some() { "stopping" } else { observed.name() };
             return Err(Error::conflict(format!("VM {name} is {state}: its disks cannot be changed now"))
@@ -666,7 +702,7 @@ impl Owner {
             record: self.record.clone(),
             monitor: self.up.as_ref().map(|up| up.qmp.clone()),
             agent: self.up.as_ref().and_then(|up| up.agent.clone()),
-            base: self.up.as_ref().and_then(|up| up.base.clone()),
+            base: self.base.clone(),
         })
     }
 
@@ -677,7 +713,8 @@ impl Owner {
         }
         let observed = self.view.borrow().observed.clone();
         let busy = self.up.is_some() || self.starting.is_some() || self.held().is_some();
-        if busy || self.removing.is_some() || !matches!(observed, Observed::Stopped { .. }) {
+        let startable = matches!(observed, Observed::Stopped { .. } | Observed::Parked { .. });
+        if busy || self.removing.is_some() || !startable {
             let (name, observed) = (&self.record.launch.name, observed.name());
             return Err(Error::conflict(format!("VM {name} is {observed}: only one that has stopped can be started")));
         }
@@ -685,7 +722,14 @@ impl Owner {
             let name = &self.record.launch.name;
             return Err(Error::conflict(format!("the disks of VM {name} are being changed")));
         };
-        let record = Record { starts, process: None, limits: Vec::new(), ended: None, ..self.record.clone() };
+        let record = Record {
+            starts,
+            process: None,
+            limits: Vec::new(),
+            awaits_receipt: false,
+            ended: None,
+            ..self.record.clone()
+        };
         record.store(&self.directory)?;
         self.record = record;
         self.guest_reason = None;

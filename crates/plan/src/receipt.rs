@@ -15,7 +15,8 @@ pub struct Wanted {
     pub host_name: String,
     /// Absent: it keeps its own, whichever that is.
     pub machine_id: Option<String>,
-    pub hardware_addresses: Vec<String>,
+    /// Absent: it keeps its own.
+    pub hardware_addresses: Option<Vec<String>>,
 }
 
 /// # Errors
@@ -35,8 +36,10 @@ pub fn check(receipt: &Receipt, wanted: &Wanted) -> Result<()> {
     {
         return wrong(format!("its machine id is {}, not {id}", receipt.machine_id));
     }
-    if receipt.hardware_addresses != wanted.hardware_addresses {
-        let (has, shall) = (receipt.hardware_addresses.join(" "), wanted.hardware_addresses.join(" "));
+    if let Some(shall) = &wanted.hardware_addresses
+        && receipt.hardware_addresses != *shall
+    {
+        let (has, shall) = (receipt.hardware_addresses.join(" "), shall.join(" "));
         return wrong(format!("its network cards have the addresses {has}, not {shall}"));
     }
     if receipt.clock_offset_us.unsigned_abs() > MOST_CLOCK_OFFSET_US {
@@ -58,13 +61,13 @@ mod tests {
             generation: "a".repeat(32),
             host_name: "web-1".into(),
             machine_id: Some("b".repeat(32)),
-            hardware_addresses: vec!["02:00:00:00:00:01".into()],
+            hardware_addresses: Some(vec!["02:00:00:00:00:01".into()]),
         };
         let good = Receipt {
             generation: wanted.generation.clone(),
             host_name: wanted.host_name.clone(),
             machine_id: "b".repeat(32),
-            hardware_addresses: wanted.hardware_addresses.clone(),
+            hardware_addresses: vec!["02:00:00:00:00:01".into()],
             sample: "0123456789abcdef".repeat(2),
             clock_offset_us: -900,
             ..Receipt::default()

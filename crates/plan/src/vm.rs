@@ -176,13 +176,13 @@ pub fn turn(under_way: &Action, next: &Action) -> Turn {
 
 /// Whether the host has yet to start a VM again: that it stopped is then about the time before.
 pub fn is_start_awaited(starts: u32, on_host: &HostVm) -> bool {
-    matches!(on_host.observed, Observed::Stopped { .. }) && on_host.starts < starts
+    matches!(on_host.observed, Observed::Stopped { .. } | Observed::Parked { .. }) && on_host.starts < starts
 }
 
 /// Whether a VM has certainly ended.
 pub fn is_over(observed: &Observed) -> bool {
     match observed {
-        Observed::Stopped { .. } | Observed::Docked | Observed::Failed { .. } => true,
+        Observed::Stopped { .. } | Observed::Parked { .. } | Observed::Docked | Observed::Failed { .. } => true,
         Observed::Pending
         | Observed::Starting { .. }
         | Observed::Running
@@ -198,7 +198,7 @@ pub enum Start {
     Nothing,
     /// It never was with the host: wanting it is enough.
     First,
-    /// It has stopped, and gets another start with its disk.
+    /// It has stopped or was parked, and gets another start with its disk.
     Again,
 }
 
@@ -225,7 +225,9 @@ pub fn start(name: &str, intent: Intent, observed: &Observed, launched_before: b
             "is a substrate, and never runs itself".into(),
             format!("make a VM of it: burgeon vm create --substrate {name}"),
         ),
-        (_, Observed::Stopped { .. }) => Ok(if launched_before { Start::Again } else { Start::First }),
+        (_, Observed::Stopped { .. } | Observed::Parked { .. }) => {
+            Ok(if launched_before { Start::Again } else { Start::First })
+        }
         (Intent::Running, Observed::Pending | Observed::Starting { .. } | Observed::Running) => Ok(Start::Nothing),
         (Intent::Stopped, Observed::Pending) if !launched_before => Ok(Start::First),
         (Intent::Stopped, Observed::Pending | Observed::Starting { .. } | Observed::Running) => {

@@ -48,6 +48,13 @@ pub(super) async fn run(context: &Context, command: VmCommand) -> Result<u8> {
         VmCommand::Start { vms, no_wait } => start(context, &vms, !no_wait).await,
         VmCommand::Stop { vms, force } => stop(context, &vms, force).await,
         VmCommand::Rm { vms, force } => remove(context, &vms, force).await,
+        VmCommand::Park { vms } => {
+            let client = context.client()?;
+            for vm in vms {
+                drop::<VmView>(client.post(&format!("{}/park", path(&vm)), &json!({})).await?);
+            }
+            Ok(0)
+        }
         VmCommand::Receipt(VmName { vm }) => super::substrate::receipt(context, &vm).await,
         VmCommand::Freeze(VmName { vm }) => verb(context, &vm, "freeze").await,
         VmCommand::Thaw(VmName { vm }) => verb(context, &vm, "thaw").await,
@@ -299,7 +306,9 @@ async fn start(context: &Context, vms: &[String], wait: bool) -> Result<u8> {
             output::note(&format!("VM {} runs already", view.name));
         } else if wait {
             view = wait_until_decided(&client, &view).await?;
-            if let Observed::Failed { reason } | Observed::Stopped { reason } = &view.observed {
+            if let Observed::Failed { reason } | Observed::Stopped { reason } | Observed::Parked { reason } =
+                &view.observed
+            {
                 return Err(Error::unavailable(format!("VM {} did not come up: {reason}", view.name))
                     .with_hint(format!("what its guest said last: burgeon logs {}", view.name)));
             }

@@ -102,6 +102,17 @@ fn clones_and_forks_go_on_from_memory_and_are_nobodys_twins() {
     lab.run(&["vm", "rm", "c-1"]).good();
     assert_eq!(lab.said("f-2", "cat /tmp/nonce"), nonce);
 
+    // Parked, one has no process; started, it goes on where it was, as nobody's twin either.
+    let before = lab.receipt("f-2")["generation"].clone();
+    let qemus = lab.qemus().len();
+    lab.run(&["vm", "park", "f-2"]).good();
+    assert_eq!((lab.qemus().len(), lab.json(&["vm", "show", "f-2"])["state"].as_str()), (qemus - 1, Some("parked")));
+    let refused = lab.run(&["exec", "f-2", "true"]);
+    assert!(refused.stderr.contains("VM f-2 is parked"), "{}", refused.stderr);
+    lab.run(&["vm", "start", "f-2"]).good();
+    assert_eq!(lab.said("f-2", "cat /tmp/nonce; hostname"), format!("{nonce}\nf-2"));
+    assert_ne!(lab.receipt("f-2")["generation"], before);
+
     // The next host process finds all of them, forks one whose base it does not hold, and docks the substrate again.
     let qemus: BTreeSet<u32> = lab.qemus().into_iter().collect();
     kill(lab.pid("host"), "KILL");

@@ -24,6 +24,7 @@ pub(super) fn add(routes: &mut Routes) {
     let (one, many) = (routes.schema::<SubstrateView>(), routes.schema::<Vec<SubstrateView>>());
     let (create, activate_body, new_vms) =
         (routes.schema::<CreateSubstrate>(), routes.schema::<ActivateVms>(), routes.schema::<Vec<VmView>>());
+    let vm = routes.schema::<VmView>();
     let (fork_body, forked, receipt_schema) =
         (routes.schema::<ForkVm>(), routes.schema::<Forked>(), routes.schema::<Receipt>());
     routes.add("get", "/v1/substrates", "All substrates", list).gives(many);
@@ -44,6 +45,9 @@ pub(super) fn add(routes: &mut Routes) {
         .add("post", "/v1/vms/{vm}/fork", "Make other VMs of a running one, as it is at this instant", fork)
         .takes(fork_body)
         .gives(forked);
+    routes
+        .add("post", "/v1/vms/{vm}/park", "Keep a running VM's state and free its memory; a start lets it go on", park)
+        .gives(vm);
     routes
         .add("get", "/v1/vms/{vm}/receipt", "What an activated VM has shown of its identity", receipt)
         .gives(receipt_schema);
@@ -141,6 +145,20 @@ async fn fork(
     let task = state.tasks.spawn(async move { substrates::fork(&of_task, source, ids, names, all_or_nothing).await });
     let forked = task.await.map_err(|error| Error::internal(format!("the fork was broken off: {error}")))?;
     Ok(Json(forked?))
+}
+
+async fn park(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<Json<VmView>> {
+    let row = state.meta.vm(&vm).await?;
+    let (of_task, id) = (state.clone(), row.id);
+    let task = state.tasks.spawn(async move { of_task.host.park(id).await });
+    task.await.map_err(|error| Error::internal(format!("parking was broken off: {error}")))??;
+    state.kick.notify_one();
+    let parked = state.when(|seen| {
+        let over = seen.vms.iter().find(|vm| vm.id == id).is_none_or(|vm| burgeon_plan::vm::is_over(&vm.observed));
+        over.then_some(Ok(()))
+    });
+    parked.await?;
+    Ok(Json(state.view(row)))
 }
 
 async fn receipt(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<Json<Receipt>> {

@@ -342,6 +342,18 @@ impl Disks {
         new_root(&(id, MEMORY.to_string()), map)
     }
 
+    /// Lets go of a VM's kept memory.
+    pub(crate) fn forget_memory(&self, id: VmId) -> Result<()> {
+        let catalog = self.store()?.catalog();
+        let prefix = format!("{id}/{MEMORY}/");
+        for root in catalog.blocking_roots(Some(ROOT_KIND))? {
+            if root.name.starts_with(&prefix) {
+                catalog.blocking_remove_root(ROOT_KIND, &root.name, None)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Serves the disks of a VM that goes on from a captured state of `source`, before they are made.
     pub(crate) fn serve_late(&self, launch: &Launch, source: VmId, owner: Option<u32>) -> Result<()> {
         for name in self.in_use(launch, source)? {
