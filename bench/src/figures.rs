@@ -26,7 +26,7 @@ use crate::{
     product::{self, Vm},
     report::{NO_VM, Result as Measured, Samples, Sense, talk},
     rival::{Machine, Running},
-    store,
+    store, substrates,
     workspace::{self, Workspace},
 };
 
@@ -54,6 +54,14 @@ pub(crate) enum Figure {
     DiskClone,
     NbdReadRatio,
     NbdWriteRatio,
+    ActivateSpawned,
+    ForkPause,
+    ForkChild,
+    ClonePss,
+    SubstrateSize,
+    Park,
+    Unpark,
+    ActivationsPerSecond,
 }
 
 impl Figure {
@@ -74,6 +82,14 @@ impl Figure {
             Figure::DiskClone => "disk_clone",
             Figure::NbdReadRatio => "nbd_read_ratio",
             Figure::NbdWriteRatio => "nbd_write_ratio",
+            Figure::ActivateSpawned => "activate_spawned",
+            Figure::ForkPause => "fork_pause",
+            Figure::ForkChild => "fork_child",
+            Figure::ClonePss => "clone_pss",
+            Figure::SubstrateSize => "substrate_size",
+            Figure::Park => "park",
+            Figure::Unpark => "unpark",
+            Figure::ActivationsPerSecond => "activations_per_second",
         }
     }
 
@@ -127,12 +143,38 @@ impl Figure {
                 "random writes of 4 KiB, 16 at a time, by fio, to a layer of 1 GiB; \
                  qemu-nbd: to a raw file, cache=writeback, aio=threads"
             }
+            Figure::ActivateSpawned => {
+                "from POST /v1/substrates/S/vms to the end of a first command, receipt included, process started; \
+                 QEMU by hand: the same machine with a shell on a raw port, no identity given, the same command"
+            }
+            Figure::ForkPause => {
+                "how long a running VM stands still while it is forked, from asking for its freeze to its thaw; \
+                 allowed_ms: 5 and 0.25 for each MiB copied and 8 for each GiB of memory"
+            }
+            Figure::ForkChild => "from POST /v1/vms/VM/fork to the answer that the child runs, receipt included",
+            Figure::ClonePss => {
+                "memory of one of 25 VMs of a substrate after a command, by smaps_rollup's Pss; before_mib: before it"
+            }
+            Figure::SubstrateSize => "what a docked substrate of a guest of 128 MiB holds in memory",
+            Figure::Park => "from POST park of a guest of 256 MiB to the answer: captured, stored durably, ended",
+            Figure::Unpark => "from POST start of the parked VM to the answer that it runs, receipt included",
+            Figure::ActivationsPerSecond => "25 VMs of a substrate by one request, until all of them run",
         }
     }
 
     fn unit(self) -> &'static str {
         match self {
-            Figure::ColdBootTiny | Figure::ColdBootDebian | Figure::ExecRoundtrip | Figure::DiskClone => "ms",
+            Figure::ColdBootTiny
+            | Figure::ColdBootDebian
+            | Figure::ExecRoundtrip
+            | Figure::DiskClone
+            | Figure::ActivateSpawned
+            | Figure::ForkPause
+            | Figure::ForkChild
+            | Figure::Park
+            | Figure::Unpark => "ms",
+            Figure::ClonePss | Figure::SubstrateSize => "MiB",
+            Figure::ActivationsPerSecond => "1/s",
             Figure::ChannelOut | Figure::ChannelIn | Figure::CacheRead => "MB/s",
             Figure::Ingest | Figure::ColdRead => "MB/s of a core",
             Figure::ImageBuild => "s",
@@ -151,7 +193,14 @@ impl Figure {
             | Figure::ExecRoundtrip
             | Figure::ImageBuild
             | Figure::RebuildNewBytes
-            | Figure::DiskClone => Sense::LessIsBetter,
+            | Figure::DiskClone
+            | Figure::ActivateSpawned
+            | Figure::ForkPause
+            | Figure::ForkChild
+            | Figure::ClonePss
+            | Figure::SubstrateSize
+            | Figure::Park
+            | Figure::Unpark => Sense::LessIsBetter,
             _ => Sense::MoreIsBetter,
         }
     }
@@ -167,6 +216,14 @@ impl Figure {
             Figure::MetaInserts => "SQLite alone",
             Figure::DiskClone => "qemu-img create -b",
             Figure::NbdReadRatio | Figure::NbdWriteRatio => "qemu-nbd",
+            Figure::ActivateSpawned => "qemu by hand",
+            Figure::ForkPause
+            | Figure::ForkChild
+            | Figure::ClonePss
+            | Figure::SubstrateSize
+            | Figure::Park
+            | Figure::Unpark
+            | Figure::ActivationsPerSecond => "none",
         }
     }
 
@@ -186,6 +243,14 @@ impl Figure {
             Figure::MetaInserts => ("median at least 150,000/s", None, Some(150_000.0)),
             Figure::DiskClone => ("median at most 0.5 ms and sync_ms", None, None),
             Figure::NbdReadRatio | Figure::NbdWriteRatio => ("ratio at least 0.80", Some(0.80), None),
+            Figure::ActivateSpawned => ("median at most 70 ms", None, Some(70.0)),
+            Figure::ForkPause => ("median at most allowed_ms", None, None),
+            Figure::ForkChild => ("median at most 80 ms", None, Some(80.0)),
+            Figure::ClonePss => ("median at most 30 MiB", None, Some(30.0)),
+            Figure::SubstrateSize => ("at most 55 MiB", None, Some(55.0)),
+            Figure::Park => ("median at most 1 s", None, Some(1000.0)),
+            Figure::Unpark => ("median at most 0.5 s", None, Some(500.0)),
+            Figure::ActivationsPerSecond => ("median at least 16/s", None, Some(16.0)),
         }
     }
 }
@@ -242,6 +307,14 @@ pub(crate) fn measure(figure: Figure, workspace: &Workspace, runs: u32) -> Resul
         Figure::DiskClone => disk::clone(workspace, runs)?,
         Figure::NbdReadRatio => disk::nbd(workspace, runs, "randread")?,
         Figure::NbdWriteRatio => disk::nbd(workspace, runs, "randwrite")?,
+        Figure::ActivateSpawned => substrates::activate(workspace, runs)?,
+        Figure::ForkPause => substrates::fork_pause(workspace, runs)?,
+        Figure::ForkChild => substrates::fork_child(workspace, runs)?,
+        Figure::ClonePss => substrates::clone_pss(workspace)?,
+        Figure::SubstrateSize => substrates::size(workspace)?,
+        Figure::Park => substrates::park(workspace, runs, substrates::Half::Park)?,
+        Figure::Unpark => substrates::park(workspace, runs, substrates::Half::Unpark)?,
+        Figure::ActivationsPerSecond => substrates::per_second(workspace, runs)?,
     };
     let (target, ratio_target, median_target) = figure.target();
     let mut result = outcome.samples.result(

@@ -4,7 +4,8 @@
 //! rivals are the raw mechanisms (hash and compress, pread, SQLite, qemu-img, qemu-nbd).
 //!
 //! [`workspace`] owns all that must vanish at the end; [`product`] and [`rival`] are the two sides of a VM;
-//! [`figures`] says what is measured and how; [`store`], [`disk`] and [`catalog`] measure what is linked in;
+//! [`figures`] says what is measured and how; [`substrates`] measures what goes on from memory;
+//! [`store`], [`disk`] and [`catalog`] measure what is linked in;
 //! [`report`] computes and prints.
 #![forbid(unsafe_code)]
 
@@ -17,6 +18,7 @@ mod product;
 mod report;
 mod rival;
 mod store;
+mod substrates;
 mod workspace;
 
 use std::{

@@ -21,7 +21,8 @@ use crate::{http::Client, report::talk, workspace::Workspace};
 /// A VM of Burgeon's. [`Vm::remove`] ends it; what is forgotten is ended with the workspace.
 pub(crate) struct Vm {
     client: Client,
-    id: VmId,
+    pub(crate) id: VmId,
+    pub(crate) pid: u32,
     pub(crate) accelerator: Accelerator,
     pub(crate) directory: PathBuf,
     pub(crate) image: String,
@@ -59,6 +60,12 @@ pub(crate) fn boot(workspace: &Workspace, image: &str, profile: &Profile) -> Res
     client.post::<VmView>("/v1/vms", &request)?;
     let view: VmView = client.get(&format!("/v1/vms/{id}/wait?for=running"))?;
     let took = begun.elapsed();
+    Ok((running(workspace, client, view)?, took))
+}
+
+/// A VM that runs, as its view tells.
+pub(crate) fn running(workspace: &Workspace, client: Client, view: VmView) -> Result<Vm> {
+    let (id, image) = (view.id, view.image);
     ensure!(view.observed == Observed::Running, "the VM is {} {}", view.observed.name(), view.observed.detail());
     let on_host = view.on_host.context("the VM is on no host")?;
     let pid = on_host.pid.context("the VM has no process")?;
@@ -67,8 +74,7 @@ pub(crate) fn boot(workspace: &Workspace, image: &str, profile: &Profile) -> Res
     let command_line = words.split_terminator('\0').map(str::to_string).collect();
     let text = id.uuid().simple().to_string();
     let directory = workspace.data().join("vms").join(&text[20..]).join("q");
-    let vm = Vm { client, id, accelerator: on_host.accelerator, directory, image: image.into(), command_line };
-    Ok((vm, took))
+    Ok(Vm { client, id, pid, accelerator: on_host.accelerator, directory, image, command_line })
 }
 
 impl Vm {

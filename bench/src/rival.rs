@@ -7,7 +7,7 @@
 use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
-    os::unix::net::UnixStream,
+    os::{fd::AsRawFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     process::{Child, Command},
     thread::sleep,
@@ -15,6 +15,12 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use burgeon_qemu::{
+    memory::{Base, Guest, Scope},
+    qmp::Qmp,
+    state::{self, Devices},
+};
+use tokio::runtime::Handle;
 
 use crate::{
     product::Vm,
@@ -146,6 +152,100 @@ impl Machine {
     }
 }
 
+/// A machine that was booted and captured by hand, to be gone on from.
+pub(crate) struct Captured {
+    machine: Machine,
+    // Mapped by each that goes on.
+    _base: Base,
+    devices: Devices,
+}
+
+impl Machine {
+    /// Boots it once with its raw port, and captures it.
+    pub(crate) fn capture(mut self, workspace: &Workspace) -> Result<Captured> {
+        let (running, _) = self.boot(workspace, "raw.sock")?;
+        let wait = Handle::current();
+        let length = self.memory().context("the machine's memory is not told")?;
+        let qmp = wait.block_on(Qmp::connect(&self.directory.join("qmp.sock"), deadline()))?;
+        wait.block_on(state::pause(&qmp))?;
+        let devices = wait.block_on(Devices::save(&qmp))?;
+        let guest = Guest::open(running.child.id(), wait.block_on(state::memory_address(&qmp))?, length)?;
+        let base = Base::empty(length)?;
+        guest.fill(&guest.pages(Scope::Written)?, &base)?;
+        base.seal()?;
+        drop(running);
+        // Inherited by what is started from here.
+        rustix::io::fcntl_setfd(base.file(), rustix::io::FdFlags::empty())?;
+        let mut words = Vec::new();
+        let mut arguments = std::mem::take(&mut self.arguments).into_iter();
+        while let Some(word) = arguments.next() {
+            match word.as_str() {
+                "-kernel" | "-initrd" | "-append" => drop(arguments.next()),
+                "-machine" => {
+                    let board = arguments.next().context("-machine without a value")?;
+                    words.extend([word, format!("{board},memory-backend=memory")]);
+                }
+                _ => words.push(word),
+            }
+        }
+        let memory = format!(
+            "memory-backend-file,id=memory,size={length},mem-path=/proc/self/fd/{},share=off",
+            base.file().as_raw_fd()
+        );
+        words.extend(["-object", &memory, "-S", "-incoming", "defer"].map(String::from));
+        words.extend(["-global", "migration.send-configuration=off"].map(String::from));
+        Ok(Captured { machine: Machine { arguments: words, ..self }, _base: base, devices })
+    }
+
+    /// Of the guest, in bytes.
+    fn memory(&self) -> Option<u64> {
+        let place = self.arguments.iter().position(|word| word == "-m")?;
+        let mebibytes: u64 = self.arguments.get(place + 1)?.strip_suffix('M')?.parse().ok()?;
+        Some(mebibytes << 20)
+    }
+}
+
+fn deadline() -> tokio::time::Instant {
+    tokio::time::Instant::now() + BOOT_DEADLINE
+}
+
+impl Captured {
+    /// Lets one go on, and tells the time from its start until the guest's shell has run a command. No identity is
+    /// given: the guest is its siblings' twin.
+    pub(crate) fn activate(&self, workspace: &Workspace) -> Result<(Running, Duration)> {
+        let Machine { directory, program, arguments, .. } = &self.machine;
+        for socket in ["raw.sock", "qmp.sock"] {
+            if directory.join(socket).exists() {
+                fs::remove_file(directory.join(socket))?;
+            }
+        }
+        let mut command = Command::new(program);
+        let log = fs::File::create(directory.join("qemu.log"))?;
+        command.args(arguments).current_dir(directory).stdout(log.try_clone()?).stderr(log);
+        let mut command = workspace.confine(command)?;
+        let begun = Instant::now();
+        let mut child = command.spawn().with_context(|| format!("start {program}"))?;
+        let stream = connect(&directory.join("raw.sock"), &mut child, begun)?;
+        let mut running = Running { child, stream };
+        let wait = Handle::current();
+        let qmp = wait.block_on(async {
+            loop {
+                match Qmp::connect(&directory.join("qmp.sock"), deadline()).await {
+                    Err(_) if begun.elapsed() < BOOT_DEADLINE => tokio::time::sleep(Duration::from_millis(1)).await,
+                    connected => return connected,
+                }
+            }
+        })?;
+        wait.block_on(async {
+            state::tell_when_loaded(&qmp).await?;
+            self.devices.load(&qmp).await?;
+            state::go_on(&qmp).await
+        })?;
+        running.run()?;
+        Ok((running, begun.elapsed()))
+    }
+}
+
 impl Machine {
     /// What the guest that runs has read of its disk, as QEMU's monitor tells.
     pub(crate) fn bytes_read(&self) -> Result<u64> {
@@ -170,10 +270,10 @@ impl Machine {
     }
 }
 
-fn first_byte(path: &Path, child: &mut Child, begun: Instant) -> Result<UnixStream> {
-    let mut stream = loop {
+fn connect(path: &Path, child: &mut Child, begun: Instant) -> Result<UnixStream> {
+    loop {
         match UnixStream::connect(path) {
-            Ok(stream) => break stream,
+            Ok(stream) => return Ok(stream),
             Err(_) if begun.elapsed() < BOOT_DEADLINE => {
                 if let Some(status) = child.try_wait()? {
                     bail!("it ended: {status}");
@@ -182,7 +282,11 @@ fn first_byte(path: &Path, child: &mut Child, begun: Instant) -> Result<UnixStre
             }
             Err(error) => return Err(error.into()),
         }
-    };
+    }
+}
+
+fn first_byte(path: &Path, child: &mut Child, begun: Instant) -> Result<UnixStream> {
+    let mut stream = connect(path, child, begun)?;
     stream.set_read_timeout(Some(BOOT_DEADLINE))?;
     stream.read_exact(&mut [0]).context("wait for the guest's first word")?;
     Ok(stream)

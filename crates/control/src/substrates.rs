@@ -246,3 +246,34 @@ pub(crate) async fn fork(
     state.kick.notify_one();
     forked
 }
+
+/// Lets a parked VM go on. Any other stays as it is.
+///
+/// # Errors
+/// Why it does not.
+pub(crate) async fn wake(state: &Shared, row: VmRow) -> Result<()> {
+    let id = row.id;
+    if !matches!(state.view(row.clone()).observed, Observed::Parked { .. }) {
+        return Ok(());
+    }
+    match state.meta.start_again(row).await {
+        // Somebody else has begun to.
+        Err(error) if error.kind == ErrorKind::Conflict => {}
+        outcome => drop(outcome?),
+    }
+    state.kick.notify_one();
+    let awake = async {
+        loop {
+            let looks = state.seen.borrow().looks;
+            let view = state.view(state.meta.vm(&id.to_string()).await?);
+            match view.observed {
+                Observed::Running => return Ok(()),
+                observed if is_over(&observed) => {
+                    return Err(Error::unavailable(format!("VM {} does not go on: {}", view.name, observed.detail())));
+                }
+                _ => state.when(|seen| (seen.looks > looks).then_some(Ok(()))).await?,
+            }
+        }
+    };
+    timeout(UP, awake).await.map_err(|_| Error::deadline("the parked VM does not go on"))?
+}

@@ -110,8 +110,12 @@ pub(crate) async fn bring_up(
     tell: &(dyn Fn(Step) + Send + Sync),
 ) -> Result<Up> {
     let mut phases = Phases::new(tell);
-    phases.enter("spawn");
+    phases.enter("queued");
     let launch = &record.launch;
+    // Children of one fork come up together, or its source would stand and wait for the last of them.
+    let slot = if claim.waiting.is_some() { None } else { context.activation_slots.acquire().await.ok() };
+    let room = context.room.take(launch.profile.memory)?;
+    phases.enter("spawn");
     let run_as = process::run_as(launch.id.uuid().as_u128(), claim.accelerator);
     let own = claim.source == launch.id;
     let attached = if own {
@@ -167,6 +171,7 @@ pub(crate) async fn bring_up(
         }
     };
     guard.armed = false;
+    drop((slot, room));
     phases.enter("ready");
     Ok(up)
 }

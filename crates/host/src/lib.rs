@@ -19,6 +19,7 @@ mod plug;
 mod prepare;
 mod record;
 mod registry;
+mod room;
 mod seed;
 mod server;
 mod session;
@@ -97,9 +98,11 @@ pub async fn run(options: Options) -> Result<()> {
         verdict,
         groups: cgroup::Groups::prepare(),
         boot_slots: Semaphore::new(cpus.max(2)),
+        activation_slots: Semaphore::new(2 * cpus.max(2)),
         disks: disks::Disks::start(layout.clone())?,
         substrates: frozen::Substrates::default(),
         siblings: identity::Siblings::default(),
+        room: room::Room::default(),
         layout: layout.clone(),
     });
     let socket = layout.host_socket();

@@ -47,6 +47,7 @@ use crate::{
     prepare,
     prepare::Disk,
     record::Record,
+    room::Room,
 };
 
 /// How long a guest may take to its agent's first word before it is started again.
@@ -65,9 +66,12 @@ pub(crate) struct Context {
     pub(crate) groups: Groups,
     /// Booting takes a whole CPU: more at once than there are CPUs only makes all of them late.
     pub(crate) boot_slots: Semaphore,
+    /// An activation waits for the guest more than it works, so there may be some more of them.
+    pub(crate) activation_slots: Semaphore,
     pub(crate) disks: Arc<Disks>,
     pub(crate) substrates: Substrates,
     pub(crate) siblings: Siblings,
+    pub(crate) room: Room,
 }
 
 /// A VM that is up.

@@ -9,11 +9,13 @@
 //! | [`pipeline`] | whether a pipeline file is sound; each move of a run | control |
 //! | [`vm`] | what to ask of the host, from what is wanted and what is seen | control |
 //! | [`idle`] | when a server that nobody needs exits | control |
+//! | [`admission`] | whether there is room for one more VM | host |
 //! | [`fork`] | how what a VM has written gets to its forks | host |
 //! | [`receipt`] | whether a guest has become the machine that it was made | host |
 //! | [`adopt`] | whether a process found after a restart is the VM it was | host |
 #![forbid(unsafe_code)]
 
+pub mod admission;
 pub mod adopt;
 pub mod fork;
 pub mod idle;

@@ -107,9 +107,11 @@ fn clones_and_forks_go_on_from_memory_and_are_nobodys_twins() {
     let qemus = lab.qemus().len();
     lab.run(&["vm", "park", "f-2"]).good();
     assert_eq!((lab.qemus().len(), lab.json(&["vm", "show", "f-2"])["state"].as_str()), (qemus - 1, Some("parked")));
-    let refused = lab.run(&["exec", "f-2", "true"]);
+    let refused = lab.run(&["fork", "f-2"]);
     assert!(refused.stderr.contains("VM f-2 is parked"), "{}", refused.stderr);
     lab.run(&["vm", "start", "f-2"]).good();
+    lab.run(&["vm", "park", "f-2"]).good();
+    // The first command wakes it.
     assert_eq!(lab.said("f-2", "cat /tmp/nonce; hostname"), format!("{nonce}\nf-2"));
     assert_ne!(lab.receipt("f-2")["generation"], before);
 
@@ -154,4 +156,53 @@ fn a_fork_of_a_debian_guest_has_its_own_disk_and_names() {
     lab.run(&["vm", "rm", "web"]).good();
     lab.run(&["vm", "start", "copy"]).good();
     assert_eq!(lab.said("copy", "cat /root/note; hostname"), "of the copy\ncopy");
+}
+
+#[test]
+fn a_guest_that_cannot_be_renewed_does_not_go_on() {
+    let lab = Lab::new(&["tiny"]);
+    // A generator that takes no entropy; a program of the image that fails, once it is told to.
+    let hook = r##"mkdir -p /etc/burgeon/on-clone.d
+        printf '#!/bin/busybox sh\necho $BURGEON_GENERATION > /tmp/told; test ! -e /tmp/fail\n' > /etc/burgeon/on-clone.d/10-tell
+        chmod +x /etc/burgeon/on-clone.d/10-tell"##;
+    let broken = "rm /dev/urandom && touch /dev/urandom";
+    for (name, warm) in [("deaf", broken), ("hooked", hook)] {
+        lab.run(&["substrate", "create", name, "--image", "tiny", "-p", "tiny", "--warm", warm]).good();
+    }
+    let refused = lab.run(&["vm", "create", "-s", "deaf", "--name", "twin"]);
+    assert!(refused.code == 1 && refused.stderr.contains("cannot renew the kernel's generator"), "{}", refused.stderr);
+    assert_eq!((lab.json(&["vm", "ls"]), lab.qemus().len()), (serde_json::json!([]), 0));
+
+    lab.run(&["vm", "create", "-s", "hooked", "--name", "one"]).good();
+    let receipt = lab.receipt("one");
+    assert_eq!(receipt["hooks"][0]["phase"], "10-tell");
+    assert_eq!(receipt["generation"], lab.said("one", "cat /tmp/told").as_str());
+    // One result for each child: none of these, and the source goes on.
+    lab.said("one", "touch /tmp/fail");
+    let refused = lab.run(&["fork", "one", "--name", "two", "-c", "2"]);
+    assert!(refused.code == 1 && refused.stderr.contains("on-clone.d/10-tell failed"), "{}", refused.stderr);
+    assert!(refused.stdout.is_empty());
+    lab.said("one", "rm /tmp/fail");
+    lab.run(&["fork", "one", "--name", "two"]).good();
+    assert_eq!(lab.receipt("two")["generation"], lab.said("two", "cat /tmp/told").as_str());
+
+    // A state that was damaged or cut short is refused before anything starts.
+    let substrate = std::fs::read_dir(lab.data().join("vms"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path().join("devices"))
+        .filter(|path| path.exists())
+        .collect::<Vec<_>>();
+    assert_eq!(substrate.len(), 2);
+    for devices in substrate {
+        std::fs::write(devices, "short").unwrap();
+    }
+    lab.run(&["vm", "rm", "one", "two"]).good();
+    kill(lab.pid("host"), "KILL");
+    until("the host process is back", || lab.run(&["substrate", "show", "hooked"]).stdout.contains("docked"));
+    until("it is refused", || {
+        let refused = lab.run(&["vm", "create", "-s", "hooked"]);
+        assert_eq!(refused.code, 1);
+        refused.stderr.contains("devices has 5 bytes")
+    });
+    assert!(lab.qemus().is_empty());
 }

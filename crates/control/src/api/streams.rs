@@ -18,7 +18,10 @@ use tokio::{
 };
 
 use super::{Answer, Routes, UPGRADE};
-use crate::state::{Busy, Shared};
+use crate::{
+    state::{Busy, Shared},
+    substrates,
+};
 
 /// The largest description of a command.
 const MOST_ATTACH: u32 = 2 << 20;
@@ -52,7 +55,8 @@ type Upgraded = TokioIo<hyper::upgrade::Upgraded>;
 
 async fn exec(State(state): State<Shared>, Path(vm): Path<String>, mut request: Request) -> Answer<Response> {
     check_upgrade(&request)?;
-    let id = state.meta.vm(&vm).await?.id;
+    let row = state.meta.vm(&vm).await?;
+    let id = row.id;
     let upgrade = hyper::upgrade::on(&mut request);
     let busy = Busy::new(&state.busy);
     state.tasks.clone().spawn(async move {
@@ -60,6 +64,7 @@ async fn exec(State(state): State<Shared>, Path(vm): Path<String>, mut request: 
         let mut client = TokioIo::new(client);
         let opened = async {
             let attach = read_attach(&mut client).await?;
+            substrates::wake(&state, row).await?;
             state.host.stream(host::Request::Exec { vm: id, attach: Box::new(attach) }).await
         };
         match opened.await {

@@ -1,0 +1,70 @@
+//! The machine's memory, and what is promised of it to VMs that are on their way.
+
+use std::{
+    fs,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use burgeon_api::{ByteSize, Error, Result};
+use burgeon_plan::admission::{Memory, admit, need};
+
+#[derive(Debug, Default)]
+pub(crate) struct Room {
+    promised: Arc<AtomicU64>,
+}
+
+/// Room for one VM, until it has taken it.
+#[derive(Debug)]
+pub(crate) struct Taken {
+    promised: Arc<AtomicU64>,
+    bytes: u64,
+}
+
+impl Room {
+    /// Takes room for a VM that goes on from a captured state.
+    ///
+    /// # Errors
+    /// `Unavailable` where there is none.
+    pub(crate) fn take(&self, memory: ByteSize) -> Result<Taken> {
+        let need = need(memory);
+        // Promised first, so that two who ask together do not both get the last of it.
+        let before = self.promised.fetch_add(need.bytes(), Ordering::Relaxed);
+        let taken = Taken { promised: self.promised.clone(), bytes: need.bytes() };
+        let about = fs::read_to_string("/proc/meminfo").map_err(|error| Error::io("read /proc/meminfo", &error))?;
+        let (Some(total), Some(available)) = (value(&about, "MemTotal:"), value(&about, "MemAvailable:")) else {
+            return Err(Error::internal("/proc/meminfo does not tell how much memory there is"));
+        };
+        admit(Memory { total, available, promised: ByteSize(before) }, need)?;
+        Ok(taken)
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        self.promised.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+fn value(about: &str, key: &str) -> Option<ByteSize> {
+    let rest = about.lines().find_map(|line| line.strip_prefix(key))?;
+    rest.trim().strip_suffix(" kB")?.parse().ok().map(ByteSize::kib)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_is_given_back() {
+        assert_eq!(value("MemTotal:  16 kB\nMemAvailable:    7 kB\n", "MemAvailable:"), Some(ByteSize::kib(7)));
+        let room = Room::default();
+        let taken = room.take(ByteSize::mib(128)).unwrap();
+        assert_eq!(room.promised.load(Ordering::Relaxed), need(ByteSize::mib(128)).bytes());
+        drop(taken);
+        assert!(room.take(ByteSize(u64::MAX / 16)).unwrap_err().message.starts_with("no capacity"));
+        assert_eq!(room.promised.load(Ordering::Relaxed), 0);
+    }
+}
