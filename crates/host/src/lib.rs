@@ -9,6 +9,7 @@ mod cgroup;
 mod console;
 mod disks;
 mod display;
+mod handover;
 mod kept;
 pub mod layout;
 mod plug;

@@ -5,6 +5,8 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
 
 mod bad_input;
+mod commits;
+mod deaths;
 mod disks;
 mod documents;
 mod image_travels;

@@ -5,6 +5,7 @@
 //! whatever becomes of the image. Calls block.
 
 mod attached;
+mod handover;
 mod storing;
 mod verbs;
 
@@ -28,6 +29,7 @@ use burgeon_store::{
     chunk_store::{ChunkStore, Source, read_cache},
     disk::{Base, Disk, ImageBase, Nothing, Stack},
 };
+pub(crate) use handover::Sealed;
 pub(crate) use verbs::Begin;
 
 use crate::{layout::Layout, prepare};
@@ -188,8 +190,13 @@ impl Disks {
         let disk = Arc::new(
             Disk::open(&directory, &self.open_base()).map_err(|error| error.context(format!("disk {}", key.1)))?,
         );
+        // While nobody else has it.
+        let had_sealed = handover::end_all(&disk)?;
         open.insert(key.clone(), Arc::downgrade(&disk));
         drop(open);
+        if had_sealed {
+            self.let_go(key, &disk)?;
+        }
         if disk.record().unstored().is_some() {
             self.store_soon(key);
         }
