@@ -53,6 +53,8 @@ pub use commit::{CommitRequest, check as check_commit, commit};
 pub use guest::{GuestJob, GuestOutput, GuestRunner};
 pub use hash::DiskDigest;
 pub use history::with_step;
+#[cfg(fuzzing)]
+pub use import::fuzzing;
 pub use import::{ImportRequest, import};
 pub use initramfs::compose_initramfs;
 pub use process::Tools;

@@ -9,6 +9,7 @@ mod commits;
 mod deaths;
 mod disks;
 mod documents;
+mod full_disk;
 mod image_travels;
 mod images;
 mod kills;
