@@ -27,8 +27,12 @@ pub(crate) async fn serve(
     snapshot: Option<String>,
     root: String,
 ) -> Result<()> {
-    let note = match &gate.agent {
-        Some(agent) if snapshot.is_none() => plug::sync_guest(agent).await,
+    let note = match &gate {
+        _ if snapshot.is_some() => None,
+        Gate { agent: Some(agent), .. } => plug::sync_guest(agent).await,
+        Gate { monitor: Some(_), .. } => {
+            Some("the guest runs and has no agent that could sync it: its disk is as after a power cut".into())
+        }
         _ => None,
     };
     let (of_disks, of_root) = (disks.clone(), root.clone());

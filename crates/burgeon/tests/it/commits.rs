@@ -1,5 +1,7 @@
 //! Disks of VMs that become images.
 
+use std::fs;
+
 use crate::lab::{Lab, until};
 
 fn shell(lab: &Lab, vm: &str, script: &str) -> String {
@@ -44,8 +46,11 @@ fn a_disk_becomes_an_image_whose_vms_are_machines_of_their_own() {
     assert_eq!(grown["history"].as_array().unwrap().len(), made["history"].as_array().unwrap().len() + 1);
 
     lab.vm("tiny", "memory", "tiny");
+    lab.run(&["vm", "create", "debian-minimal", "--name", "young", "--no-wait"]).good();
     for (words, told) in [
-        (&["one", "mine"][..], "there is an image mine already"),
+        // First, while it starts.
+        (&["young", "new"][..], "try again once it runs or has stopped"),
+        (&["one", "mine"], "there is an image mine already"),
         (&["one", "Mine"], "holds 'M'"),
         (&["none", "new"], "there is no VM"),
         (&["memory", "new"], "no disk that could become an image"),
@@ -62,11 +67,35 @@ fn a_disk_becomes_an_image_whose_vms_are_machines_of_their_own() {
     assert_eq!(roots(&lab, "handover"), 0);
 
     // Nothing is left of the VMs, and the images are whole.
-    lab.run(&["vm", "rm", "one", "two", "three", "memory"]).good();
+    lab.run(&["vm", "rm", "one", "two", "three", "memory", "young"]).good();
     until("their disks are let go", || roots(&lab, "disk") == 0);
     for image in ["mine", "early", "grown"] {
         lab.run(&["image", "verify", image]).good();
     }
     let checked = lab.json(&["store", "fsck"]);
     assert!(checked["problems"].as_array().unwrap().is_empty(), "{checked}");
+}
+
+#[test]
+fn the_disk_of_a_foreign_image_becomes_one_though_that_is_gone() {
+    let lab = Lab::new(&[]);
+    let raw = lab.path("foreign.raw");
+    let mut bytes = vec![0; 1 << 20];
+    // Jumps to itself.
+    bytes[..2].copy_from_slice(&[0xeb, 0xfe]);
+    bytes[510..512].copy_from_slice(&[0x55, 0xaa]);
+    fs::write(&raw, &bytes).unwrap();
+    let imported = lab.run(&["-o", "json", "image", "import", raw.to_str().unwrap(), "foreign"]).json();
+    lab.run(&["vm", "create", "foreign", "--name", "one"]).good();
+    lab.run(&["image", "rm", "foreign"]).good();
+    let committed = lab.run(&["-o", "json", "image", "commit", "one", "mine"]);
+    assert!(committed.stderr.contains("no agent"), "{committed:?}");
+    let made = committed.json();
+    assert_eq!((&made["boot"], &made["map"]), (&"firmware".into(), &imported["map"]), "{made}");
+    assert_eq!(made["history"][1]["new_bytes"], 0, "{made}");
+    lab.run(&["vm", "create", "mine", "--name", "two"]).good();
+    let out = lab.path("out.raw");
+    lab.run(&["image", "export", "mine", out.to_str().unwrap()]).good();
+    assert!(fs::read(&out).unwrap() == bytes);
+    lab.run(&["vm", "rm", "one", "two"]).good();
 }
