@@ -19,7 +19,8 @@ pub struct Step {
     pub map: Option<String>,
     /// Bytes of the disk that stand in chunks; the others are zeros.
     pub bytes: u64,
-    /// Bytes of the chunks that the store did not have before.
+    /// Bytes of the chunks that the store did not have before; of a committed disk, those where it is not as that of the image
+    /// that it began with.
     pub new_bytes: u64,
 }
 

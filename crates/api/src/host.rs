@@ -115,8 +115,39 @@ pub enum DiskRequest {
     },
     /// Has a running guest bring its files to its disks.
     Sync,
+    /// Stores what the disk, or a snapshot of it, holds. The reply is a stream of [`Handover`] messages. At its end a root of
+    /// kind `handover` and the name `root` keeps the map for a day, or until the asker removes it.
+    HandOver {
+        disk: String,
+        snapshot: Option<String>,
+        root: String,
+    },
     /// The image that the VM was started from.
     Image,
+}
+
+/// A message of a handover. One comes every few seconds at least; `Stored` or `Failed` is the last. The work ends when its
+/// asker is gone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Handover {
+    /// Bytes; 0 of 0 while others are waited for.
+    Step {
+        done: u64,
+        total: u64,
+    },
+    /// A line for the user.
+    Note(String),
+    Stored(StoredDisk),
+    Failed(Error),
+}
+
+/// A disk in the store.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredDisk {
+    /// Its block map.
+    pub map: String,
+    /// Bytes of the disk.
+    pub size: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

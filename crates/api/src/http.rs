@@ -95,6 +95,22 @@ pub struct ImportImage {
     pub platform: Option<String>,
 }
 
+/// `POST /v1/images/commit`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CommitImage {
+    /// A VM's name or id; its root disk becomes the image's.
+    pub vm: String,
+    /// Of the new image; none may have it.
+    pub name: String,
+    /// The new image's description.
+    #[serde(default)]
+    pub message: String,
+    /// A snapshot's name; none: what the disk holds now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
+}
+
 fn default_max_size() -> ByteSize {
     ByteSize::gib(256)
 }

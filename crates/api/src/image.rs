@@ -3,7 +3,10 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, history::Step};
+use crate::{
+    ByteSize,
+    history::{Origin, Step},
+};
 
 /// How an image starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -59,6 +62,12 @@ impl Image {
     /// Modules, and for initramfs images busybox and the recipe's files; the agent is put in front of it.
     pub const INITRAMFS: &str = "initramfs.cpio";
     pub const DISK: &str = "disk.raw";
+
+    /// Whether its disk was that of a VM: then a machine's own identity is on it, and every VM needs another one.
+    #[must_use]
+    pub fn was_a_machine(&self) -> bool {
+        self.history.iter().any(|step| matches!(step.origin, Origin::Committed { .. }))
+    }
 }
 
 /// A line of `burgeon image ls`.

@@ -421,6 +421,19 @@ pub enum ImageCommand {
         #[arg(long, value_name = "OS/ARCH")]
         platform: Option<String>,
     },
+    /// Make an image of a VM's root disk; the VM goes on, be it running or not
+    ///
+    /// VMs of the new image get a machine id and SSH host keys of their own on their first boot.
+    Commit {
+        vm: String,
+        name: String,
+        /// What the image is; shown by image ls
+        #[arg(long, short, value_name = "TEXT", default_value = "")]
+        message: String,
+        /// Take what this snapshot of the disk holds, instead of what the disk holds now
+        #[arg(long, value_name = "NAME")]
+        snapshot: Option<String>,
+    },
     /// Write an image's disk to a raw file with holes
     Export {
         image: String,

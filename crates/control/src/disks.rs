@@ -100,7 +100,8 @@ impl DiskStore for Keeper<'_> {
     }
 }
 
-/// Removes the roots that no image names any more. What only they kept is collected later.
+/// Removes the roots that no image names any more; one that is being set again meanwhile, for an image that is about to be
+/// there, stays. What only they kept is collected later.
 /// Done before every collection. Answers how many went.
 pub(crate) async fn let_go(store: &ChunkStore, data: &DataPaths) -> Result<u64> {
     let mut named = HashSet::new();
@@ -119,7 +120,7 @@ pub(crate) async fn let_go(store: &ChunkStore, data: &DataPaths) -> Result<u64> 
     let mut gone = 0;
     for root in store.catalog().roots(Some(ROOT_KIND)).await? {
         if !named.contains(&root.name) && root.created_us + GRACE_US < now_us {
-            gone += u64::from(store.catalog().remove_root(ROOT_KIND, &root.name, Some(root.map)).await?);
+            gone += u64::from(store.catalog().remove_root_as_seen(root).await?);
         }
     }
     Ok(gone)

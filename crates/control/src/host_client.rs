@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use burgeon_api::{
     Error, ErrorKind, Result, VmId,
     disk::{DiskChanged, DiskChanges, DiskView},
-    host::{DiskRequest, Envelope, FileRequest, Launch, Reply, Request, StopMode, VERSION},
+    host::{DiskRequest, Envelope, FileRequest, Handover, Launch, Reply, Request, StopMode, VERSION},
     image::Image,
     substrate::{Forked, Recipe},
     vm::HostVm,
@@ -170,6 +170,14 @@ impl HostClient {
         }
     }
 
+    /// Has a disk stored; see [`DiskRequest::HandOver`].
+    pub(crate) async fn hand_over(&self, vm: VmId, request: DiskRequest) -> Result<Storing> {
+        match self.open(Request::Disk { vm, request }, SLOW).await? {
+            (Reply::Stream, stream) => Ok(Storing(stream)),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
     async fn disk(&self, vm: VmId, request: DiskRequest) -> Result<Reply> {
         self.ask(Request::Disk { vm, request }, SLOW).await
     }
@@ -210,6 +218,24 @@ impl HostClient {
     /// A file request other than `Put`.
     pub(crate) async fn file(&self, vm: VmId, request: FileRequest) -> Result<(Reply, UnixStream)> {
         self.open(Request::File { vm, request }, SLOW).await
+    }
+}
+
+/// A disk that is being stored. The host goes on for as long as this is there.
+pub(crate) struct Storing(UnixStream);
+
+impl Storing {
+    /// What the host says next.
+    ///
+    /// # Errors
+    /// `Unavailable` where it is gone, `Deadline` where it says nothing.
+    pub(crate) async fn next(&mut self) -> Result<Handover> {
+        let message = timeout(QUICK, receive_message(&mut self.0))
+            .await
+            .map_err(|_| Error::deadline("the host process does not say how far it is with the disk"))?
+            .map_err(|error| error.with_hint("ask again: what is stored already is not stored twice"))?;
+        serde_json::from_slice(&message)
+            .map_err(|error| Error::damaged(format!("the host process's message does not read: {error}")))
     }
 }
 

@@ -18,6 +18,7 @@ use burgeon_api::{
     vm::Observed,
 };
 use burgeon_image::{BuildRequest, GuestJob, GuestOutput, GuestRunner, ImportRequest, Tools};
+use burgeon_store::steps::{Step, reached};
 use tokio::{runtime::Handle, sync::mpsc, time::timeout};
 
 use crate::{
@@ -49,6 +50,7 @@ pub(crate) fn build(state: &Shared, request: &BuildImage) -> Result<mpsc::Receiv
         };
         let disks = Keeper { store: &state.store, data: &request.data, cancelled };
         let image = burgeon_image::build(&request, &tools(), &runner, &disks, progress, cancelled)?;
+        reached(Step::ImagePublished);
         let_go(state);
         Ok(Progress::Image(Box::new(image)))
     }))
@@ -69,6 +71,7 @@ pub(crate) fn import(state: &Shared, request: ImportImage) -> mpsc::Receiver<Pro
         };
         let disks = Keeper { store: &state.store, data: &request.data, cancelled };
         let image = burgeon_image::import(&request, &tools(), &disks, progress, cancelled)?;
+        reached(Step::ImagePublished);
         let_go(state);
         Ok(Progress::Image(Box::new(image)))
     })

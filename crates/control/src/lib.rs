@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod api;
+mod commit;
 mod differences;
 mod disks;
 pub mod exec_client;

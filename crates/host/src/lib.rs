@@ -12,6 +12,7 @@ mod disks;
 mod display;
 mod fork;
 mod frozen;
+mod handover;
 mod identity;
 mod kept;
 pub mod layout;

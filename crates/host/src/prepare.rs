@@ -135,7 +135,7 @@ pub(crate) fn machine(launch: &Launch, accelerator: Accelerator, attached: Vec<A
         boot: launch.image.boot,
         accelerator,
         disk: launch.image.disk.map(|_| if launch.image.map.is_some() { DiskFrom::Socket } else { DiskFrom::Files }),
-        is_clone: launch.source.is_some(),
+        is_clone: launch.source.is_some() || launch.image.was_a_machine(),
         seed: launch.image.boot == Boot::Firmware,
         init: launch.image.init.clone(),
         kernel_parameters: kernel_parameters(launch),

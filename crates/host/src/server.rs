@@ -20,7 +20,9 @@ use tokio::{
 use crate::{
     console,
     fork::End,
+    handover,
     plug::{self, blocking},
+    record::Record,
     registry::Registry,
     session::Attachment,
     start::Context,
@@ -152,6 +154,11 @@ impl Connection {
                 self.hand_over(stream, &handle, |client| Command::Display { client }).await
             }
             Request::File { vm, request } => self.file(stream, vm, request).await,
+            Request::Disk { vm, request: DiskRequest::HandOver { disk, snapshot, root } } => {
+                self.stored_record(vm).await?;
+                let gate = self.ask_vm(vm, |reply| Command::Gate { reply }).await??;
+                handover::serve(stream, gate, &self.context.disks, (vm, disk), snapshot, root).await
+            }
             Request::Disk { vm, request } => {
                 let answer = self.disk(vm, request).await?;
                 reply(stream, &answer).await
@@ -256,12 +263,7 @@ impl Connection {
     /// What changes which disks there are goes through the VM's gate; the rest needs only the disks.
     async fn disk(&self, vm: VmId, request: DiskRequest) -> Result<Reply> {
         let disks = self.context.disks.clone();
-        let record = self.ask_vm(vm, |reply| Command::Record { reply }).await?;
-        if record.launch.image.map.is_none() && record.launch.image.disk.is_some() {
-            let name = &record.launch.name;
-            return Err(Error::refused(format!("VM {name} was made of an image whose disk is not in the store"))
-                .with_hint("build or import the image again, and make the VM anew"));
-        }
+        let record = self.stored_record(vm).await?;
         Ok(match request {
             DiskRequest::List => Reply::Disks(blocking(move || disks.list(vm)).await?),
             DiskRequest::Snapshot { disk, snapshot } => {
@@ -286,6 +288,17 @@ impl Connection {
                 Reply::DiskChanged(gate.change(&disks, vm, change).await?)
             }
         })
+    }
+
+    /// The record of a VM whose disks are in the store.
+    async fn stored_record(&self, vm: VmId) -> Result<Record> {
+        let record = self.ask_vm(vm, |reply| Command::Record { reply }).await?;
+        if record.launch.image.map.is_none() && record.launch.image.disk.is_some() {
+            let name = &record.launch.name;
+            return Err(Error::refused(format!("VM {name} was made of an image whose disk is not in the store"))
+                .with_hint("build or import the image again, and make the VM anew"));
+        }
+        Ok(record)
     }
 
     /// Has a running guest bring its files to its disks; says what speaks against relying on that.
@@ -429,11 +442,11 @@ async fn read_message(stream: &mut UnixStream) -> Result<Vec<u8>> {
     Ok(message)
 }
 
-async fn reply(stream: &mut UnixStream, reply: &Reply) -> Result<()> {
+pub(crate) async fn reply(stream: &mut UnixStream, reply: &Reply) -> Result<()> {
     send(stream, reply).await.map_err(|error| Error::io("answer a request", &error))
 }
 
-async fn send(stream: &mut UnixStream, value: &impl serde::Serialize) -> std::io::Result<()> {
+pub(crate) async fn send(stream: &mut UnixStream, value: &impl serde::Serialize) -> std::io::Result<()> {
     let mut message = vec![0; 4];
     serde_json::to_writer(&mut message, value)?;
     let length = u32::try_from(message.len() - 4).unwrap_or(u32::MAX);

@@ -42,22 +42,47 @@ pub(crate) fn of_file(path: &Path) -> Result<String> {
     read().map_err(|error| Error::io(format!("cannot read {}", path.display()), &error))
 }
 
-/// A digest of a disk: its length, then offset and bytes of each block of 64 KiB that is not all
-/// zeros. It depends on the bytes only, not on where the file has holes.
+/// A digest of a disk: its length, then offset and bytes of each block of [`DiskDigest::BLOCK`] bytes that is not all
+/// zeros. It depends on the bytes only, not on where they lie.
+pub struct DiskDigest(Sha256);
+
+impl DiskDigest {
+    pub const BLOCK: u64 = BLOCK;
+
+    /// Of a disk of so many bytes.
+    #[must_use]
+    pub fn new(length: u64) -> DiskDigest {
+        let mut hasher = Sha256::new();
+        hasher.update(b"burgeon disk 1\0");
+        hasher.update(length.to_le_bytes());
+        DiskDigest(hasher)
+    }
+
+    /// Takes the next block; the last one of a disk may be shorter. Those that hold zeros only may be left out.
+    pub fn add(&mut self, offset: u64, block: &[u8]) {
+        if !is_zero(block) {
+            self.0.update(offset.to_le_bytes());
+            self.0.update(block);
+        }
+    }
+
+    /// As hexadecimal digits.
+    #[must_use]
+    pub fn finish(self) -> String {
+        hex(&self.0.finalize())
+    }
+}
+
+/// The digest of a disk in a file.
 pub(crate) fn of_disk(path: &Path) -> Result<String> {
     let read = || -> io::Result<String> {
         let file = File::open(path)?;
-        let mut hasher = Sha256::new();
-        hasher.update(b"burgeon disk 1\0");
-        hasher.update(file.metadata()?.len().to_le_bytes());
+        let mut digest = DiskDigest::new(file.metadata()?.len());
         each_block(&file, |offset, block| {
-            if !is_zero(block) {
-                hasher.update(offset.to_le_bytes());
-                hasher.update(block);
-            }
+            digest.add(offset, block);
             Ok(())
         })?;
-        Ok(hex(&hasher.finalize()))
+        Ok(digest.finish())
     };
     read().map_err(|error| Error::io(format!("cannot read {}", path.display()), &error))
 }

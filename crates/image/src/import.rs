@@ -1,5 +1,7 @@
 //! Images from files made elsewhere: disks as they are, and root file systems as tar or as OCI images.
 
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod layers;
 mod layout;
 

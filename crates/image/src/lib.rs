@@ -24,6 +24,7 @@ mod build;
 mod cache;
 mod changes;
 mod clean;
+mod commit;
 mod configure;
 mod control;
 mod deb;
@@ -48,8 +49,12 @@ mod tree;
 mod work;
 
 pub use build::{BuildRequest, build};
+pub use commit::{CommitRequest, check as check_commit, commit};
 pub use guest::{GuestJob, GuestOutput, GuestRunner};
+pub use hash::DiskDigest;
 pub use history::with_step;
+#[cfg(fuzzing)]
+pub use import::fuzzing;
 pub use import::{ImportRequest, import};
 pub use initramfs::compose_initramfs;
 pub use process::Tools;

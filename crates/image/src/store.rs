@@ -162,7 +162,13 @@ const DIGEST_FORMAT: u32 = 2;
 
 /// The image's metadata with its digest: SHA-256 over the digests of kernel, initramfs and disk,
 /// and over the metadata without the digest itself, the recipe's digest, the time and the history.
-pub(crate) fn sealed(mut image: Image, directory: &Path) -> Result<Image> {
+pub(crate) fn sealed(image: Image, directory: &Path) -> Result<Image> {
+    let disk = image.disk.map(|_| hash::of_disk(&directory.join(Image::DISK))).transpose()?;
+    sealed_with(image, directory, disk.as_deref())
+}
+
+/// [`sealed`], where the digest of the disk is known. `image` names no map yet.
+pub(crate) fn sealed_with(mut image: Image, directory: &Path, disk: Option<&str>) -> Result<Image> {
     let mut hasher = Sha256::new();
     hasher.update(b"burgeon image 1\0");
     for file in [Image::KERNEL, Image::INITRAMFS] {
@@ -170,8 +176,8 @@ pub(crate) fn sealed(mut image: Image, directory: &Path) -> Result<Image> {
         let digest = if path.exists() { hash::of_file(&path)? } else { "none".into() };
         hasher.update(format!("{file} {digest}\n"));
     }
-    if image.disk.is_some() {
-        hasher.update(format!("{} {}\n", Image::DISK, hash::of_disk(&directory.join(Image::DISK))?));
+    if let Some(disk) = disk {
+        hasher.update(format!("{} {disk}\n", Image::DISK));
     }
     let plain = Image {
         format: DIGEST_FORMAT,
@@ -228,6 +234,21 @@ pub(crate) fn keep_disk(
 pub(crate) fn publish(data: &DataPaths, image: &Image, directory: &Path) -> Result<()> {
     work::write_atomically(&directory.join(Image::FILE), text(image)?.as_bytes())?;
     work::publish(directory, &data.images.join(&image.name))
+}
+
+/// [`publish`] under a name that no image has.
+///
+/// # Errors
+/// `Conflict` where one has it.
+pub(crate) fn publish_new(data: &DataPaths, image: &Image, directory: &Path) -> Result<()> {
+    work::write_atomically(&directory.join(Image::FILE), text(image)?.as_bytes())?;
+    if work::publish_new(directory, &data.images.join(&image.name))? { Ok(()) } else { Err(taken(&image.name)) }
+}
+
+/// An image has this name.
+pub(crate) fn taken(name: &str) -> Error {
+    Error::conflict(format!("there is an image {name} already"))
+        .with_hint(format!("choose another name, or remove that one first: burgeon image rm {name}"))
 }
 
 fn text(image: &Image) -> Result<String> {

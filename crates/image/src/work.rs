@@ -108,7 +108,16 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
 
 /// Makes everything below `from` durable and puts it in place of `to` in one step.
 pub(crate) fn publish(from: &Path, to: &Path) -> Result<()> {
-    let swap = || -> std::io::Result<()> {
+    put(from, to, true).map(drop)
+}
+
+/// [`publish`], unless something is there. Answers whether it was done.
+pub(crate) fn publish_new(from: &Path, to: &Path) -> Result<bool> {
+    put(from, to, false)
+}
+
+fn put(from: &Path, to: &Path, replace: bool) -> Result<bool> {
+    let swap = || -> std::io::Result<bool> {
         for entry in fs::read_dir(from)? {
             File::open(entry?.path())?.sync_all()?;
         }
@@ -118,11 +127,13 @@ pub(crate) fn publish(from: &Path, to: &Path) -> Result<()> {
         let directory = rustix::fs::CWD;
         match renameat_with(directory, from, directory, to, RenameFlags::NOREPLACE) {
             Ok(()) => {}
+            Err(rustix::io::Errno::EXIST) if !replace => return Ok(false),
             // The old image ends where the new one was made, and is removed with it.
             Err(rustix::io::Errno::EXIST) => renameat_with(directory, from, directory, to, RenameFlags::EXCHANGE)?,
             Err(error) => return Err(error.into()),
         }
-        File::open(parent)?.sync_all()
+        File::open(parent)?.sync_all()?;
+        Ok(true)
     };
     swap().map_err(|error| Error::io(format!("cannot put the image at {}", to.display()), &error))
 }

@@ -14,6 +14,8 @@ pub enum Purpose {
     Served,
     /// An image is copied to a remote.
     Pushed,
+    /// A VM's disk is stored, and given to who makes an image of it.
+    HandedOver,
 }
 
 impl Purpose {
@@ -21,6 +23,7 @@ impl Purpose {
         match self {
             Purpose::Served => "served",
             Purpose::Pushed => "pushed",
+            Purpose::HandedOver => "handover",
         }
     }
 }

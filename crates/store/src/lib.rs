@@ -16,6 +16,7 @@ pub mod pack;
 pub mod remote;
 mod schema;
 pub mod sql;
+pub mod steps;
 #[cfg(test)]
 mod testing;
 mod wire;

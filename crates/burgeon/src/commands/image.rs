@@ -6,7 +6,7 @@ use burgeon_api::{
     ByteSize, Error, Result,
     differences::{Chunks, DiffImage, Extent, Fact},
     history::Step,
-    http::{BuildImage, ExportImage, ImportImage, Progress, SourceFile},
+    http::{BuildImage, CommitImage, ExportImage, ImportImage, Progress, SourceFile},
     image::{Boot, Image, ImageView},
 };
 
@@ -30,6 +30,11 @@ pub(super) async fn run(context: &Context, command: ImageCommand) -> Result<u8> 
             let file = file.to_str().ok_or_else(|| Error::invalid("the file's path is not UTF-8"))?.to_string();
             let request = ImportImage { file, name, max_size, platform };
             let lines = context.client()?.lines("/v1/images/import", Some(&request)).await?;
+            follow(context, lines).await
+        }
+        ImageCommand::Commit { vm, name, message, snapshot } => {
+            let request = CommitImage { vm, name, message, snapshot };
+            let lines = context.client()?.lines("/v1/images/commit", Some(&request)).await?;
             follow(context, lines).await
         }
         ImageCommand::Export { image, file, force } => export(context, &image, &file, force).await,

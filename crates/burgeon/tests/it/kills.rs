@@ -2,7 +2,8 @@
 
 use std::{
     io::{Read, Write},
-    process::Stdio,
+    path::Path,
+    process::{Command, Stdio},
 };
 
 use crate::lab::{Lab, finish, is_running, kill, send, until};
@@ -82,6 +83,49 @@ fn a_guest_does_not_notice_that_the_server_of_its_disk_was_killed() {
     lab.run(&["vm", "stop", "writer"]).good();
     lab.run(&["vm", "start", "writer"]).good();
     run("sha256sum --quiet -c /root/sums").good();
+}
+
+/// Builds the program that writes to a disk in a guest and verifies it; for any guest, since it needs no library.
+fn verifier(lab: &Lab) -> String {
+    let program = lab.path("verifier");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/verifier/main.rs");
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let built = Command::new(rustc)
+        .args(["--edition", "2024", "--target", "x86_64-unknown-linux-musl", "-O", "-C", "strip=symbols", "-o"])
+        .args([&program, &source])
+        .status();
+    assert!(built.unwrap().success());
+    program.to_str().unwrap().to_string()
+}
+
+/// As fio does with `--verify`: many writers and readers at a time, past the guest's page cache.
+#[test]
+fn a_disk_holds_what_was_written_while_its_server_is_killed_again_and_again() {
+    let lab = Lab::new(&["debian-minimal"]);
+    lab.vm("debian-minimal", "writer", "worker");
+    let shell = |script: &str| lab.run(&["exec", "writer", "--", "/bin/sh", "-c", script]);
+    let device = lab.json(&["vm", "disk", "attach", "writer", "data", "--size", "32M"])["device"].clone();
+    let device = device.as_str().unwrap().to_string();
+    lab.run(&["vm", "cp", &verifier(&lab), "writer:/root/verifier"]).good();
+    shell(&format!("mkdir /run/v; nohup /root/verifier {device} /run/v >/run/v/said 2>&1 &")).good();
+    let rounds = || shell("cat /run/v/rounds").stdout.trim().parse::<u64>().unwrap_or(0);
+    for kill_number in 0..3 {
+        let before = rounds();
+        until("it goes on", || rounds() > before + 100);
+        // Snapshots move what is being overwritten into the store meanwhile.
+        lab.run(&["vm", "disk", "snapshot", "writer", "--disk", "data", &format!("at-{kill_number}")]).good();
+        let host = lab.pid("host");
+        kill(host, "KILL");
+        until("another host process serves", || lab.pid("host") != host);
+        until("the VM is adopted", || lab.json(&["vm", "show", "writer"])["state"] == "running");
+    }
+    let before = rounds();
+    until("it goes on", || rounds() > before + 100);
+    shell("touch /run/v/stop").good();
+    until("all is verified", || shell("test -e /run/v/result").code == 0);
+    assert_eq!(shell("cat /run/v/result /run/v/said").good().stdout, "good\n");
+    let checked = lab.json(&["store", "fsck"]);
+    assert!(checked["problems"].as_array().unwrap().is_empty(), "{checked}");
 }
 
 #[test]

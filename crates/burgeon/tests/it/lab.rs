@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use burgeon_store::steps::{DIE_AT, Step};
 use serde_json::Value;
 
 /// No command of a test takes longer, or it hangs.
@@ -86,8 +87,18 @@ impl Lab {
         let mut command = Command::new(env!("CARGO_BIN_EXE_burgeon"));
         command.arg("--data").arg(data).args(words).current_dir(self.directory.path());
         command.env_remove("BURGEON_DATA").env("BURGEON_ACCEL", accelerator()).env("NO_COLOR", "1");
+        command.env(DIE_AT, self.path("die-at"));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
+    }
+
+    /// Has the next server process that has done this step die there.
+    pub(crate) fn die_at(&self, step: Step) {
+        self.file("die-at", &format!("{step:?}"));
+    }
+
+    pub(crate) fn has_yet_to_die(&self) -> bool {
+        self.path("die-at").exists()
     }
 
     /// Runs a command to its end.

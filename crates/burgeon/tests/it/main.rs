@@ -5,8 +5,11 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
 
 mod bad_input;
+mod commits;
+mod deaths;
 mod disks;
 mod documents;
+mod full_disk;
 mod image_travels;
 mod images;
 mod kills;

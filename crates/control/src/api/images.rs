@@ -8,7 +8,7 @@ use axum::{
 use burgeon_api::{
     ByteSize, Error,
     differences::DiffImage,
-    http::{BuildImage, ExportImage, ImportImage, Progress},
+    http::{BuildImage, CommitImage, ExportImage, ImportImage, Progress},
     image::ImageView,
     remote::{ListRemote, PullImage, PushImage, RemoteImage},
 };
@@ -39,6 +39,12 @@ pub(super) fn add(routes: &mut Routes) {
             import,
         )
         .takes(import_body)
+        .gives(progress.clone())
+        .kind("application/x-ndjson");
+    let commit_body = routes.schema::<CommitImage>();
+    routes
+        .add("post", "/v1/images/commit", "Make an image of a VM's root disk; the VM goes on", commit)
+        .takes(commit_body)
         .gives(progress.clone())
         .kind("application/x-ndjson");
     routes
@@ -149,6 +155,11 @@ async fn verify(State(state): State<Shared>, Path(image): Path<String>) -> Answe
 async fn build(State(state): State<Shared>, Json(request): Json<BuildImage>) -> Answer<Response> {
     let receiver = crate::images::build(&state, &request)?;
     Ok(lines(receiver, Busy::new(&state.busy)))
+}
+
+async fn commit(State(state): State<Shared>, Json(request): Json<CommitImage>) -> Answer<Response> {
+    burgeon_api::name::check("image", &request.name)?;
+    Ok(lines(crate::commit::commit(&state, request).await?, Busy::new(&state.busy)))
 }
 
 async fn import(State(state): State<Shared>, Json(request): Json<ImportImage>) -> Answer<Response> {

@@ -5,6 +5,7 @@
 //! whatever becomes of the image. Calls block.
 
 mod attached;
+mod handover;
 mod late;
 mod storing;
 mod verbs;
@@ -29,6 +30,7 @@ use burgeon_store::{
     chunk_store::{ChunkStore, Source, read_cache},
     disk::{Base, Disk, ImageBase, Nothing, Stack},
 };
+pub(crate) use handover::Sealed;
 use late::Late;
 pub(crate) use verbs::Begin;
 
@@ -202,8 +204,13 @@ impl Disks {
         let disk = Arc::new(
             Disk::open(&directory, &self.open_base()).map_err(|error| error.context(format!("disk {}", key.1)))?,
         );
+        // While nobody else has it.
+        let had_sealed = handover::end_all(&disk)?;
         open.insert(key.clone(), Arc::downgrade(&disk));
         drop(open);
+        if had_sealed {
+            self.let_go(key, &disk)?;
+        }
         if disk.record().unstored().is_some() {
             self.store_soon(key);
         }

@@ -13,8 +13,9 @@ use std::{
 use burgeon_api::{Error, Result};
 use burgeon_store::{
     ChunkId,
-    chunk_store::read_cache,
-    disk::{Disk, absorb},
+    chunk_store::{Watch, read_cache},
+    disk::{Disk, Record, absorb},
+    steps::{Step, reached},
 };
 
 use super::{Disks, Key, ROOT_KIND, new_root, root_name};
@@ -63,13 +64,26 @@ impl Disks {
     ///
     /// # Errors
     /// Those of the store; `NotFound` where the disk is gone.
-    pub(super) fn store_layers(&self, key: &Key) -> Result<()> {
+    fn store_layers(&self, key: &Key) -> Result<()> {
+        self.store_layers_until(key, &|_| false, &mut |_, _, _| Ok(()))
+    }
+
+    /// Stores sealed layers of a disk until there is none, or `enough` says so of its record.
+    ///
+    /// # Errors
+    /// As [`Self::store_layers`]; those of `watch`.
+    pub(super) fn store_layers_until(
+        &self,
+        key: &Key,
+        enough: &dyn Fn(&Record) -> bool,
+        watch: &mut Watch<'_>,
+    ) -> Result<()> {
         let _one_at_a_time = super::lock(&self.storing);
         let disk = self.disk(key)?;
         loop {
             let record = disk.record();
-            let Some((base, layer)) = record.unstored() else { return Ok(()) };
-            let stored = self.store_layer(key, &disk, base, layer);
+            let Some((base, layer)) = record.unstored().filter(|_| !enough(&record)) else { return Ok(()) };
+            let stored = self.store_layer(key, &disk, base, layer, watch);
             // What it names stands in the record by now, or never will.
             super::lock(&self.arriving).clear();
             stored?;
@@ -77,9 +91,18 @@ impl Disks {
         }
     }
 
-    fn store_layer(&self, key: &Key, disk: &Disk, base: Option<ChunkId>, layer: &str) -> Result<()> {
+    fn store_layer(
+        &self,
+        key: &Key,
+        disk: &Disk,
+        base: Option<ChunkId>,
+        layer: &str,
+        watch: &mut Watch<'_>,
+    ) -> Result<()> {
         let gone = || Error::not_found("the disk is gone");
-        let mut watch = |_: &'static str, _, _| if disk.directory().is_dir() { Ok(()) } else { Err(gone()) };
+        let mut watch = |phase: &'static str, done, total| {
+            if disk.directory().is_dir() { watch(phase, done, total) } else { Err(gone()) }
+        };
         let root = |map| {
             super::lock(&self.arriving).insert(map);
             new_root(key, map)
@@ -96,7 +119,9 @@ impl Disks {
         let (bytes, new_bytes) = (written.bytes, written.new_bytes);
         tracing::info!(vm = %key.0, disk = key.1, layer, bytes, new_bytes, "a layer is stored");
         let cache = self.cache(map);
-        disk.stored(base, layer, map, &mut |layer| become_cache(layer, &cache), &self.open_base())
+        disk.stored(base, layer, map, &mut |layer| become_cache(layer, &cache), &self.open_base())?;
+        reached(Step::LayerStored);
+        Ok(())
     }
 }
 

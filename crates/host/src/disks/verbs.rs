@@ -36,7 +36,7 @@ fn views(record: &Record) -> Vec<SnapshotView> {
         stored: snapshot.stack.layers.is_empty(),
         map: snapshot.stack.base.filter(|_| snapshot.stack.layers.is_empty()).map(|map| map.to_string()),
     };
-    record.snapshots.iter().map(view).collect()
+    record.named().map(view).collect()
 }
 
 impl Disks {

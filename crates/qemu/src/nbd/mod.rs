@@ -4,6 +4,8 @@
 //! kernel's page cache, in the order of the requests, and gathers replies while more requests are waiting; what has to
 //! wait (syncs, bytes that must be fetched) goes to a few helpers, so that nothing else waits for it.
 
+#[cfg(fuzzing)]
+mod fuzzing;
 mod helpers;
 mod protocol;
 mod server;
@@ -11,6 +13,8 @@ mod session;
 
 use std::io;
 
+#[cfg(fuzzing)]
+pub use fuzzing::converse;
 pub use server::{Owner, Server};
 
 /// What is served. Calls block, come from several threads, and may overlap.

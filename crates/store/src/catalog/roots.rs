@@ -15,6 +15,7 @@ pub struct Root {
     pub name: String,
     /// The chunk that all others of this root are found from.
     pub map: ChunkId,
+    /// When it was last set.
     pub created_us: u64,
     /// From when on it no longer keeps anything; the next collection removes it.
     pub expires_us: Option<u64>,
@@ -115,6 +116,21 @@ impl Catalog {
         self.database.write("remove root", move |connection| remove(connection, &kind, &name, expected)).await
     }
 
+    /// Removes a root, unless somebody has set it again since it was seen like this. Answers whether it went.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn remove_root_as_seen(&self, root: Root) -> Result<bool> {
+        self.database
+            .write("remove root", move |connection| {
+                let sql = "DELETE FROM root WHERE kind = $1 AND name = $2 AND map = $3 AND created_us = $4";
+                let seen =
+                    [root.kind.as_str().into(), root.name.as_str().into(), blob(&root.map), root.created_us.into()];
+                connection.execute(sql, &seen).map(|removed| removed == 1)
+            })
+            .await
+    }
+
     /// [`Catalog::remove_root`] for a thread that may wait.
     ///
     /// # Errors
@@ -191,7 +207,7 @@ fn put_root(connection: &mut Connection, root: &NewRoot, now_us: u64) -> Result<
         });
     }
     let sql = "INSERT INTO root VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (kind, name)
-        DO UPDATE SET map = excluded.map, expires_us = excluded.expires_us, note = excluded.note";
+        DO UPDATE SET map = excluded.map, created_us = excluded.created_us, expires_us = excluded.expires_us, note = excluded.note";
     let values = [
         root.kind.as_str().into(),
         root.name.as_str().into(),

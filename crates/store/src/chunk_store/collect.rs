@@ -44,6 +44,7 @@ use crate::{
     catalog::{PackState, PackUsage, Root, RootsSeen},
     chunk::Kind,
     map,
+    steps::{Step, reached},
 };
 
 /// What was touched so short a time ago stays, if nobody says otherwise.
@@ -142,6 +143,7 @@ fn sweep(store: &ChunkStore, cut_us: u64, watch: &mut Watch<'_>, report: &mut Co
             watch("sweep", report.chunks_seen, 0)?;
             if let Some(deleted) = store.catalog.blocking_sweep(unmarked, cut_us, seen)? {
                 report.chunks_deleted += deleted.len() as u64;
+                reached(Step::ChunksSwept);
                 break;
             }
             // A root was set meanwhile.
@@ -193,12 +195,14 @@ fn drop_packs(
     watch("drop", 0, packs.len() as u64)?;
     let ids = packs.iter().map(|(id, _)| *id).collect();
     let dropping: HashSet<PackId> = store.catalog.blocking_drop_packs(ids, cut_us)?.into_iter().collect();
+    reached(Step::PackDropping);
     let dropping = packs.iter().filter(|(id, _)| dropping.contains(id));
     for (index, (pack, freed)) in dropping.enumerate() {
         let (done, total) = (index as u64, packs.len() as u64);
         watch("drop", done, total)?;
         store.close_pack(*pack);
         store.objects.delete(&object_name(*pack))?;
+        reached(Step::PackDeleted);
         watch("drop", done, total)?;
         store.catalog.blocking_forget_pack(*pack)?;
         report.packs_dropped += 1;
@@ -223,6 +227,7 @@ fn left_over(store: &ChunkStore, cut_us: u64, watch: &mut Watch<'_>, report: &mu
         }
         watch("tidy", 0, 0)?;
         if store.catalog.blocking_condemn_pack(pack, store.now_us())? {
+            reached(Step::PackCondemned);
             watch("tidy", 0, 0)?;
             store.objects.delete(&object.name)?;
             report.files_removed += 1;

@@ -19,7 +19,10 @@ use burgeon_api::{Error, Result, store::Collected};
 use rustix::fs::FlockOperation;
 
 use super::{ChunkStore, Watch};
-use crate::ChunkId;
+use crate::{
+    ChunkId,
+    steps::{Step, reached},
+};
 
 const LOCK: &str = ".lock";
 /// The map first: without it, the data means nothing, and a new map says that all is absent.
@@ -73,6 +76,7 @@ pub fn drop_caches(
         // Again, now that nobody can open it without having set a root before.
         if !named(store, map)? {
             remove(directory, map)?;
+            reached(Step::CacheRemoved);
             report.caches_removed += 1;
             report.cache_bytes_freed += cached.bytes;
         }

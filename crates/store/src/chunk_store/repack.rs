@@ -17,6 +17,7 @@ use crate::{
         ENTRY_BYTES, FILE_HEADER_BYTES, PACK_BYTES_LOCAL, PackWriter, RECORD_HEADER_BYTES, RecordHeader, TRAILER_BYTES,
         read_record,
     },
+    steps::{Step, reached},
 };
 
 /// Small packs are joined once there are so many: with fewer, joining would write the same chunks again and again.
@@ -120,12 +121,14 @@ fn close(store: &ChunkStore, joined: Joined, watch: &mut Watch<'_>) -> Result<u6
     let pack = joined.writer.finish()?;
     watch("repack", 0, 0)?;
     store.objects.put_new(&object_name(pack.pack), &pack.sink)?;
+    reached(Step::PackJoined);
     watch("repack", 0, 0)?;
     let moves = pack.entries.iter().filter_map(|entry| {
         let from = joined.from.get(&entry.id)?;
         Some((*from, Entry { id: entry.id, kind: entry.kind as u8, place: entry.place }))
     });
     store.catalog.blocking_move_chunks(pack.pack, pack.length, moves.collect(), store.now_us())?;
+    reached(Step::ChunksMoved);
     Ok(pack.length)
 }
 

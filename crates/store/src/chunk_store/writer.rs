@@ -14,6 +14,7 @@ use crate::{
     chunk::{Encoded, Encoder, Kind},
     map::NodeSink,
     pack::{PACK_BYTES_LOCAL, PackWriter},
+    steps::{Step, reached},
 };
 
 /// Bytes that are gathered before they are hashed, looked up and compressed together, on all CPUs.
@@ -140,9 +141,11 @@ impl<'a> Writer<'a> {
         let Some(pack) = self.pack.take() else { return Ok(()) };
         let pack = pack.finish()?;
         self.store.objects.put_new(&object_name(pack.pack), &pack.sink)?;
+        reached(Step::PackWritten);
         let entries =
             pack.entries.iter().map(|entry| Entry { id: entry.id, kind: entry.kind as u8, place: entry.place });
         self.store.catalog.blocking_add_pack(pack.pack, pack.length, self.store.now_us(), entries.collect())?;
+        reached(Step::PackKnown);
         Ok(())
     }
 
@@ -174,6 +177,7 @@ impl<'a> Writer<'a> {
                 catalog.blocking_verify_claims(some, self.store.now_us())?;
             }
             if catalog.blocking_set_root_since(root.clone(), removals, self.store.now_us())? {
+                reached(Step::RootSet);
                 return Ok(written);
             }
         }

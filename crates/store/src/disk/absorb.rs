@@ -72,6 +72,20 @@ pub fn absorb(
     Ok((map, writer.finish(root(map.root()))?))
 }
 
+/// The map `base` with zeros behind its end, up to `length` bytes; `root` makes the new map's root. The caller keeps a root
+/// over `base`, as for [`absorb`].
+///
+/// # Errors
+/// Those of the store; `Invalid` for a length that no map has.
+pub fn lengthen(store: &ChunkStore, base: ChunkId, length: u64, root: impl FnOnce(ChunkId) -> NewRoot) -> Result<Map> {
+    let mut edit = Map::open(store, base)?.edit();
+    edit.resize(length)?;
+    let mut writer = Writer::new(store);
+    let map = edit.finish(store, &mut writer)?;
+    writer.finish(root(map.root()))?;
+    Ok(map)
+}
+
 fn windows(run: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     let mut at = run.start;
     std::iter::from_fn(move || {

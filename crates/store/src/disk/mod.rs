@@ -34,7 +34,7 @@ use std::{
 
 use burgeon_api::{Error, Result};
 
-pub use absorb::absorb;
+pub use absorb::{absorb, lengthen};
 pub use image_base::ImageBase;
 use journal::Journal;
 use layer::Layer;

@@ -148,13 +148,18 @@ impl Record {
         Ok(self)
     }
 
+    /// The snapshots that users have named; others have a name that begins with a dot.
+    pub fn named(&self) -> impl Iterator<Item = &Snapshot> {
+        self.snapshots.iter().filter(|snapshot| !snapshot.name.starts_with('.'))
+    }
+
     /// A snapshot by name.
     ///
     /// # Errors
     /// `NotFound`, with those there are.
     pub fn snapshot(&self, name: &str) -> Result<&Snapshot> {
         self.snapshots.iter().find(|snapshot| snapshot.name == name).ok_or_else(|| {
-            let names: Vec<&str> = self.snapshots.iter().map(|snapshot| snapshot.name.as_str()).collect();
+            let names: Vec<&str> = self.named().map(|snapshot| snapshot.name.as_str()).collect();
             let there = if names.is_empty() { "it has none".into() } else { format!("it has {}", names.join(", ")) };
             Error::not_found(format!("the disk has no snapshot {name}: {there}"))
         })

@@ -19,6 +19,7 @@ use bytes::Bytes;
 use rustix::fs::{CWD, RenameFlags};
 
 use super::{Object, check_name};
+use crate::steps::{Step, reached};
 
 const UNFINISHED: &str = ".new-";
 
@@ -71,6 +72,7 @@ impl Directory {
         // Most repeated requests end here, before anything is written.
         if !self.taken(&path, bytes.len()).map_err(failed)? {
             let unfinished = self.write_beside(folder, bytes).map_err(failed)?;
+            reached(Step::ObjectBeside);
             match rename_new(&unfinished, &path) {
                 Ok(()) => {}
                 Err(error) => {

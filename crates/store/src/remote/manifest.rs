@@ -71,11 +71,11 @@ impl Marker {
 }
 
 impl Manifest {
-    /// Reads the manifest that lies under this name and digest.
+    /// Reads the manifest that lies under this name and digest; errors name the place.
     ///
     /// # Errors
     /// `Refused` for one that a newer Burgeon wrote; `Damaged` where it is none, or that of another image.
-    pub(super) fn read(bytes: &[u8], name: &str, digest: &str, place: &str) -> Result<Manifest> {
+    pub fn read(bytes: &[u8], name: &str, digest: &str, place: &str) -> Result<Manifest> {
         let manifest: Manifest = read(bytes, place, |value| {
             let format = value["image"]["format"].as_u64().unwrap_or(0);
             if format > u64::from(Image::FORMAT) { Some(("image.json", format, Image::FORMAT)) } else { None }

@@ -27,7 +27,7 @@ use bytes::Bytes;
 use tokio::runtime::Handle;
 
 pub use manifest::{Manifest, StoredFile, StoredPack};
-pub use pull::{PHASES_IN_BYTES, Pulled, held_bytes, pull};
+pub use pull::{PHASES_IN_BYTES, Pulled, held_bytes, held_bytes_in, pull};
 pub use push::{Pushed, push};
 
 use self::{

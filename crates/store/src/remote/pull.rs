@@ -102,11 +102,19 @@ pub fn pull(
 /// # Errors
 /// As [`Map::lookup`].
 pub fn held_bytes(store: &ChunkStore, map: &Map) -> Result<u64> {
+    held_bytes_in(store, map, 0..map.length())
+}
+
+/// [`held_bytes`] of a range.
+///
+/// # Errors
+/// As there.
+pub fn held_bytes_in(store: &ChunkStore, map: &Map, range: Range<u64>) -> Result<u64> {
     let mut held = 0;
-    let mut at = 0;
-    while at < map.length() {
+    let mut at = range.start;
+    while at < range.end {
         // A piece takes more memory than its name: a large disk is not looked at in one.
-        let end = (at + (1 << 30)).min(map.length());
+        let end = (at + (1 << 30)).min(range.end);
         let pieces = map.lookup(store, at..end)?;
         let data = pieces.iter().filter(|piece| piece.source.is_some());
         held += data.map(|piece| piece.range.end - piece.range.start).sum::<u64>();

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod contract;
+mod deaths;
 mod directory;
 #[cfg(feature = "s3")]
 mod remote;

@@ -125,7 +125,14 @@ async fn roots_change_only_as_expected(home: Home) {
     catalog.set_root(set.clone(), 13).await.unwrap();
     catalog.set_root(set, 13).await.unwrap();
     let web = catalog.root("image", "web").await.unwrap().unwrap();
-    assert_eq!((web.map, web.created_us, web.expires_us, web.note.as_str()), (chunk(1), 11, Some(99), "naïve"));
+    assert_eq!((web.map, web.created_us, web.expires_us, web.note.as_str()), (chunk(1), 13, Some(99), "naïve"));
+    // Whoever has seen it before it was set again does not take it away.
+    catalog.set_root(NewRoot { expires_us: Some(99), ..root("web", Some(chunk(1)), chunk(1)) }, 15).await.unwrap();
+    assert!(!catalog.remove_root_as_seen(web).await.unwrap());
+    catalog.set_root(root("seen", None, chunk(1)), 15).await.unwrap();
+    let seen = catalog.root("image", "seen").await.unwrap().unwrap();
+    assert!(catalog.remove_root_as_seen(seen.clone()).await.unwrap());
+    assert!(!catalog.remove_root_as_seen(seen).await.unwrap());
     assert_eq!(catalog.root("disk", "web").await.unwrap(), None);
 
     // Names in the order of bytes, whatever the locale.

@@ -1,0 +1,85 @@
+//! Steps of work after which a process may die, for the tests that have it die there.
+//!
+//! Whatever changes lasting things in several steps says which step it has done. With debug assertions, and with
+//! `BURGEON_TEST_DIE_AT` in its environment, which names a file that holds the name of a step, a process kills itself there,
+//! as kill -9 does. The file is removed first: one process dies, once. Other builds do nothing at all.
+
+/// A step that is done, where the next one is not begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// An object's bytes are written beside its name.
+    ObjectBeside,
+    /// A pack is an object, and in no catalog.
+    PackWritten,
+    /// A pack's chunks are in the catalog, and no root needs them.
+    PackKnown,
+    /// A writer's root is set.
+    RootSet,
+    /// A disk is sealed for its image.
+    DiskSealed,
+    /// A disk's record names a map in place of a layer.
+    LayerStored,
+    /// A stored disk has a root for whoever makes its image.
+    HandedOver,
+    /// That one knows.
+    HandoverReceived,
+    /// The new image's own root is set, and there is no image.
+    ImageKept,
+    /// An image is in its place, and nobody was told.
+    ImagePublished,
+    /// A page of chunks is deleted.
+    ChunksSwept,
+    /// A pack is given up, and is still an object.
+    PackDropping,
+    /// A dropped pack is no object any more, and still in the catalog.
+    PackDeleted,
+    /// A new pack with chunks of others is an object, and in no catalog.
+    PackJoined,
+    /// The chunks' places are in the new pack.
+    ChunksMoved,
+    /// A pack that no catalog was told of is given up.
+    PackCondemned,
+    /// A cache that no root needs is removed.
+    CacheRemoved,
+}
+
+impl Step {
+    pub const ALL: [Step; 17] = [
+        Step::ObjectBeside,
+        Step::PackWritten,
+        Step::PackKnown,
+        Step::RootSet,
+        Step::DiskSealed,
+        Step::LayerStored,
+        Step::HandedOver,
+        Step::HandoverReceived,
+        Step::ImageKept,
+        Step::ImagePublished,
+        Step::ChunksSwept,
+        Step::PackDropping,
+        Step::PackDeleted,
+        Step::PackJoined,
+        Step::ChunksMoved,
+        Step::PackCondemned,
+        Step::CacheRemoved,
+    ];
+}
+
+/// The variable that names the file.
+pub const DIE_AT: &str = "BURGEON_TEST_DIE_AT";
+
+/// Says that a step is done.
+pub fn reached(step: Step) {
+    if cfg!(debug_assertions) {
+        die_where_told(step);
+    }
+}
+
+fn die_where_told(step: Step) {
+    let Some(file) = std::env::var_os(DIE_AT) else { return };
+    let Ok(told) = std::fs::read_to_string(&file) else { return };
+    // Who removes the file is the one that dies.
+    if told.trim() == format!("{step:?}") && std::fs::remove_file(&file).is_ok() {
+        let _nothing_follows = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+    }
+}
