@@ -17,6 +17,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use burgeon_qemu::{
     memory::{Base, Guest, Scope},
+    process::identity_of,
     qmp::Qmp,
     state::{self, Devices},
 };
@@ -169,7 +170,8 @@ impl Machine {
         let qmp = wait.block_on(Qmp::connect(&self.directory.join("qmp.sock"), deadline()))?;
         wait.block_on(state::pause(&qmp))?;
         let devices = wait.block_on(Devices::save(&qmp))?;
-        let guest = Guest::open(running.child.id(), wait.block_on(state::memory_address(&qmp))?, length)?;
+        let process = identity_of(running.child.id()).context("QEMU has ended")?;
+        let guest = Guest::open(&process, wait.block_on(state::memory_address(&qmp))?, length)?;
         let base = Base::empty(length)?;
         guest.fill(&guest.pages(Scope::Written)?, &base)?;
         base.seal()?;

@@ -188,7 +188,7 @@ async fn go_on(
     let deadline = Instant::now() + MONITOR_DEADLINE;
     let (console, qmp) = connect_monitor(directory, deadline).await?;
     state::tell_when_loaded(&qmp).await?;
-    let memory = Guest::open(process.identity.pid, state::memory_address(&qmp).await?, claim.base.length())?;
+    let memory = Guest::open(&process.identity, state::memory_address(&qmp).await?, claim.base.length())?;
     if let Some(waiting) = claim.waiting.take() {
         phases.enter("wait");
         let _without_a_listener_no_state_comes = waiting.send(launch.id);

@@ -117,7 +117,7 @@ impl Gate {
         }
         let Some(agent) = &self.agent else { return refused("its agent does not answer") };
         let Some(process) = &self.record.process else { return refused("its process is not known") };
-        let memory = Guest::open(process.pid, state::memory_address(monitor).await?, launch.profile.memory.bytes())?;
+        let memory = Guest::open(process, state::memory_address(monitor).await?, launch.profile.memory.bytes())?;
         // Without its base at hand, whatever is not zero must be taken for its own.
         let scope = if launch.begin.is_activation() && self.base.is_none() { Scope::All } else { Scope::Written };
         let directory = context.layout.vm(launch.id);

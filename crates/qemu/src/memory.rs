@@ -14,6 +14,8 @@ use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
 use burgeon_api::{Error, Result};
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
 
+use crate::process::{Identity, identity_of};
+
 /// Bytes of a page on x86-64.
 pub const PAGE: u64 = PAGE_BYTES as u64;
 const PAGE_BYTES: usize = 4096;
@@ -163,11 +165,12 @@ pub enum Scope {
 }
 
 impl Guest {
-    /// Opens the memory of process `pid`, `length` bytes from `address`.
+    /// Opens the memory of a process, `length` bytes from `address`.
     ///
     /// # Errors
-    /// `Refused` where this process may not; the system's.
-    pub fn open(pid: u32, address: u64, length: u64) -> Result<Guest> {
+    /// `Refused` where this process may not; `NotFound` where it is gone; the system's.
+    pub fn open(process: &Identity, address: u64, length: u64) -> Result<Guest> {
+        let pid = process.pid;
         let open = |name: &str, write: bool| {
             let path = format!("/proc/{pid}/{name}");
             File::options().read(true).write(write).open(&path).map_err(|error| {
@@ -180,7 +183,12 @@ impl Guest {
                 }
             })
         };
-        Ok(Guest { memory: open("mem", true)?, pagemap: open("pagemap", false)?, address, length })
+        let guest = Guest { memory: open("mem", true)?, pagemap: open("pagemap", false)?, address, length };
+        // What is open now stays that of one process, whoever gets its number later.
+        if identity_of(pid).as_ref() != Some(process) {
+            return Err(Error::not_found(format!("process {pid} is gone")));
+        }
+        Ok(guest)
     }
 
     /// Where pages of the scope lie. Costs about 8 ms for each GiB.
@@ -333,7 +341,8 @@ mod tests {
         assert_eq!(of_source[2 * 4096], 1);
         of_source[2 * 4096..3 * 4096].fill(0);
         of_source[5 * 4096..7 * 4096].fill(9);
-        let open = |at: *mut std::ffi::c_void| Guest::open(std::process::id(), at as u64, length).unwrap();
+        let own = identity_of(std::process::id()).unwrap();
+        let open = |at: *mut std::ffi::c_void| Guest::open(&own, at as u64, length).unwrap();
         let guest = open(source);
         let pages = guest.pages(Scope::Written).unwrap();
         assert_eq!(pages, [2 * PAGE..3 * PAGE, 5 * PAGE..7 * PAGE]);

@@ -1,6 +1,6 @@
 //! Substrates and forks, on real guests.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use burgeon_api::ByteSize;
 use serde_json::Value;
@@ -156,6 +156,44 @@ fn a_fork_of_a_debian_guest_has_its_own_disk_and_names() {
     lab.run(&["vm", "rm", "web"]).good();
     lab.run(&["vm", "start", "copy"]).good();
     assert_eq!(lab.said("copy", "cat /root/note; hostname"), "of the copy\ncopy");
+}
+
+#[test]
+fn two_hundred_clones_draw_nothing_twice() {
+    let lab = Lab::new(&["tiny"]);
+    lab.run(&[
+        "substrate",
+        "create",
+        "base",
+        "--image",
+        "tiny",
+        "-p",
+        "tiny",
+        "--warm",
+        DRAWS,
+        "--ready",
+        "test -s /tmp/drawn",
+    ])
+    .good();
+    let mut drawn: BTreeMap<String, u32> = BTreeMap::new();
+    let mut shown: BTreeSet<String> = BTreeSet::new();
+    for _ in 0..8 {
+        let vms = lab.json(&["vm", "create", "-s", "base", "-c", "25"]);
+        let names: Vec<&str> = vms.as_array().unwrap().iter().map(|vm| vm["name"].as_str().unwrap()).collect();
+        for vm in &names {
+            let known = lab.said(vm, "cat /tmp/drawn");
+            assert!(known.lines().count() > 1);
+            known.lines().for_each(|uuid| *drawn.entry(uuid.to_string()).or_default() += 1);
+            let receipt = lab.receipt(vm);
+            shown.extend(["generation", "sample", "boot_id"].map(|key| receipt[key].to_string()));
+        }
+        lab.run(&[&["vm", "rm"], names.as_slice()].concat()).good();
+    }
+    // What the substrate had drawn, all of them have; what one has drawn from its first instruction on, no other has.
+    let common = drawn.values().filter(|count| **count == 200).count();
+    assert!(common > 0 && drawn.len() > common + 200);
+    assert!(drawn.values().all(|count| matches!(count, 1 | 200)), "{:?}", drawn.values().max());
+    assert_eq!(shown.len(), 600);
 }
 
 #[test]
