@@ -9,7 +9,10 @@ use burgeon_api::{
 };
 use burgeon_host::layout::{Layout, Lock};
 use burgeon_image::{DataPaths, Stored};
-use burgeon_store::chunk_store::{self, NamedRoot};
+use burgeon_store::{
+    chunk_store::{self, NamedRoot},
+    places::Elsewhere,
+};
 
 use crate::{disks, store::watch};
 
@@ -20,6 +23,7 @@ use crate::{disks, store::watch};
 /// was. What cannot be read is in the answer.
 pub fn rebuild(
     data: &Path,
+    elsewhere: &Elsewhere,
     tell: &(dyn Fn(Progress) + Sync),
     cancelled: &(dyn Fn() -> bool + Sync),
 ) -> Result<Rebuilt> {
@@ -33,7 +37,8 @@ pub fn rebuild(
     let mut roots = of_images(&layout, &mut problems)?;
     roots.extend(of_disks(&layout, &mut problems)?);
     let mut watch = watch(false, tell, cancelled);
-    let mut rebuilt = chunk_store::rebuild(&layout.store(), &burgeon_host::store_source(), &roots, &mut watch)?;
+    let mut rebuilt =
+        chunk_store::rebuild(elsewhere.settled(&layout.files())?, &burgeon_host::store_source(), &roots, &mut watch)?;
     rebuilt.problems.extend(problems);
     Ok(rebuilt)
 }

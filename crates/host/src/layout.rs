@@ -7,6 +7,7 @@ use std::{
 };
 
 use burgeon_api::{Error, Result, VmId};
+use burgeon_store::places::Files;
 use rustix::fs::FlockOperation;
 
 /// A unix socket's path has 107 bytes; the longest below the data directory needs 33 of them.
@@ -107,6 +108,16 @@ impl Layout {
     }
     pub fn meta(&self) -> PathBuf {
         self.data.join("meta.db")
+    }
+    /// What of it may lie elsewhere.
+    pub fn files(&self) -> Files {
+        let system = rustix::system::uname();
+        Files {
+            record: self.data.join("places.json"),
+            store: self.store(),
+            meta: self.meta(),
+            name: format!("{}:{}", system.nodename().to_string_lossy(), self.data.display()),
+        }
     }
     pub fn kvm_verdict(&self) -> PathBuf {
         self.data.join("kvm.json")

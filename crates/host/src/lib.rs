@@ -28,6 +28,7 @@ use burgeon_qemu::{
     facts::Qemu,
     probe::{Verdict, Wish},
 };
+use burgeon_store::places::Elsewhere;
 pub use disks::{disk_roots, store_source};
 use tokio::{
     net::UnixListener,
@@ -50,6 +51,8 @@ pub struct Options {
     pub agent: &'static [u8],
     /// The version told to the control process.
     pub build: String,
+    /// What of the store is not in the data directory.
+    pub elsewhere: Elsewhere,
     /// Told to who asks; what they say has been done.
     pub settings: Vec<burgeon_api::http::Setting>,
 }
@@ -93,7 +96,7 @@ pub async fn run(options: Options) -> Result<()> {
         verdict,
         groups: cgroup::Groups::prepare(),
         boot_slots: Semaphore::new(cpus.max(2)),
-        disks: disks::Disks::start(layout.clone())?,
+        disks: disks::Disks::start(layout.clone(), options.elsewhere)?,
         layout: layout.clone(),
     });
     let socket = layout.host_socket();

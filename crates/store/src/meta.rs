@@ -13,8 +13,9 @@ use burgeon_api::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
+    places::Owner,
     schema::META,
-    sql::{Address, Connection, Database, Row},
+    sql::{Address, Connection, Database, Row, claim_owner},
 };
 
 /// A row of `vm`.
@@ -83,6 +84,17 @@ impl Meta {
     /// for a server's database that is not there, not allowed or not reached.
     pub fn open(address: impl Into<Address>) -> Result<Meta> {
         Ok(Meta { database: Database::open(&address.into(), &META)? })
+    }
+
+    /// Makes it the meta of an owner, unless it has one. A thread waits.
+    ///
+    /// # Errors
+    /// `Refused` where it is another's.
+    pub fn blocking_claim_owner(&self, owner: &Owner) -> Result<()> {
+        let owner = owner.clone();
+        self.database.blocking_write("look whose meta it is", move |connection| {
+            claim_owner(connection, "meta_identity", "meta", &owner)
+        })
     }
 
     /// Adds a VM. Asking again with the same id changes nothing.

@@ -7,13 +7,14 @@ pub(crate) static META: Component = Component {
     migrations: &MIGRATIONS,
     user_version: true,
     lock: i64::from_be_bytes(*b"\0\0\0\0meta"),
+    exclusive: true,
     cache_kib: 8 << 10,
     checkpoint_pages: 1000,
     readers: 1,
 };
 
 /// One entry per version; entry n brings version n to n + 1. In SQLite's words, translated for PostgreSQL by `sql`.
-const MIGRATIONS: [&str; 3] = [FIRST, SECOND, THIRD];
+const MIGRATIONS: [&str; 4] = [FIRST, SECOND, THIRD, FOURTH];
 
 pub(crate) const FIRST: &str = "
     CREATE TABLE vm (
@@ -53,4 +54,12 @@ const SECOND: &str = "
 /// VMs that are clones of others.
 const THIRD: &str = "
     ALTER TABLE vm ADD COLUMN source TEXT;
+";
+
+/// Whose it is, where several servers could reach it.
+const FOURTH: &str = "
+    CREATE TABLE meta_identity (
+        name TEXT PRIMARY KEY,
+        value TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID;
 ";

@@ -28,7 +28,7 @@ use tokio::{
     task::spawn_blocking,
 };
 
-use super::Context;
+use super::{Context, environment};
 use crate::{client::escape, output};
 
 /// Decoded nodes in memory.
@@ -144,11 +144,12 @@ pub(super) async fn serve(context: &Context, name: &str, socket: &Path) -> Resul
         });
     };
     let map: ChunkId = map.parse()?;
-    let directory = client.layout.store();
+    let files = client.layout.files();
+    let elsewhere = environment::elsewhere(&environment::of_process)?;
     let path = socket.clone();
     let hold_name = format!("{name}/{}", VmId::generate());
     let (hold, server, size) = blocking(move || {
-        let store = ChunkStore::open(&directory, burgeon_host::store_source())?;
+        let store = ChunkStore::open(elsewhere.settled(&files)?, burgeon_host::store_source())?;
         let hold = Hold::share(&store, Purpose::Served, hold_name, map)?;
         let map = Map::open(&*store, map)?;
         let nodes = MapReader::new(store.clone(), NODES);

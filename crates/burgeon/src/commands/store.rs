@@ -9,7 +9,7 @@ use burgeon_api::{
 };
 use serde_json::json;
 
-use super::Context;
+use super::{Context, environment};
 use crate::{arguments::StoreCommand, client::Lines, output, progress::BuildProgress};
 
 pub(super) async fn run(context: &Context, command: StoreCommand) -> Result<u8> {
@@ -152,10 +152,11 @@ fn collect(context: &Context, collected: &Collected, took: Duration) -> Result<u
 async fn rebuild(context: &Context) -> Result<u8> {
     let (steps, mut told) = tokio::sync::mpsc::channel(256);
     let data = context.data.clone();
+    let elsewhere = environment::elsewhere(&environment::of_process)?;
     let work = tokio::task::spawn_blocking(move || {
         // A bar that is slow loses steps; and who ends this command ends the process, with the old catalog in its place.
         let tell = |step| drop(steps.try_send(step));
-        burgeon_control::rebuild(&data, &tell, &|| false)
+        burgeon_control::rebuild(&data, &elsewhere, &tell, &|| false)
     });
     let mut progress = BuildProgress::new();
     while let Some(step) = told.recv().await {

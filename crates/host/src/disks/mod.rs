@@ -27,6 +27,7 @@ use burgeon_store::{
     catalog::NewRoot,
     chunk_store::{ChunkStore, Source, read_cache},
     disk::{Base, Disk, ImageBase, Nothing, Stack},
+    places::Elsewhere,
 };
 pub(crate) use verbs::Begin;
 
@@ -98,6 +99,8 @@ struct Served {
 /// See the module.
 pub(crate) struct Disks {
     layout: Layout,
+    /// What of the store is not in the data directory.
+    elsewhere: Elsewhere,
     /// Opened with the first disk that needs it.
     store: OnceLock<Arc<ChunkStore>>,
     bases: Mutex<HashMap<ChunkId, Weak<ImageBase>>>,
@@ -136,10 +139,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Disks {
-    pub(crate) fn start(layout: Layout) -> Result<Arc<Disks>> {
+    pub(crate) fn start(layout: Layout, elsewhere: Elsewhere) -> Result<Arc<Disks>> {
         let (to_store, keys) = mpsc::channel();
         let disks = Arc::new(Disks {
             layout,
+            elsewhere,
             store: OnceLock::new(),
             bases: Mutex::default(),
             open: Mutex::default(),
@@ -157,7 +161,7 @@ impl Disks {
         if let Some(store) = self.store.get() {
             return Ok(store);
         }
-        let store = ChunkStore::open(&self.layout.store(), store_source())?;
+        let store = ChunkStore::open(self.elsewhere.settled(&self.layout.files())?, store_source())?;
         Ok(self.store.get_or_init(|| store))
     }
 

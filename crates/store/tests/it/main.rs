@@ -5,7 +5,11 @@
 mod contract;
 mod directory;
 #[cfg(feature = "s3")]
+mod pairs;
+#[cfg(feature = "s3")]
 mod remote;
 #[cfg(feature = "s3")]
 mod s3;
+#[cfg(feature = "s3")]
+mod s3_server;
 mod sql;

@@ -6,7 +6,7 @@ mod fence;
 mod kills;
 mod meta;
 mod opening;
-mod server;
+pub(crate) mod server;
 
 use burgeon_store::sql::Address;
 
