@@ -15,6 +15,7 @@ mod pipelines;
 mod places;
 mod rebuild;
 mod reconcile;
+mod relocate;
 mod remotes;
 mod state;
 mod store;
@@ -41,6 +42,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 pub use api::openapi;
 pub use places::check as check_places;
 pub use rebuild::rebuild;
+pub use relocate::relocate;
 
 use crate::{
     host_client::HostClient,

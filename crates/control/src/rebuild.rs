@@ -29,10 +29,7 @@ pub fn rebuild(
 ) -> Result<Rebuilt> {
     let layout = Layout::create(data)?;
     // Whoever could have the store open.
-    let locks = ["serve", "host", "control"].map(|kind| Lock::take(&layout, kind));
-    let _locks = locks.into_iter().collect::<Result<Vec<_>>>().map_err(|error| {
-        error.with_hint("stop the server first: one that a command started leaves 60 s after the last use")
-    })?;
+    let _locks = Lock::take_all(&layout)?;
     let mut problems = Vec::new();
     let mut roots = of_images(&layout, &mut problems)?;
     roots.extend(of_disks(&layout, &mut problems)?);

@@ -137,6 +137,17 @@ impl Lock {
         rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err()
     }
 
+    /// Takes the locks of all servers: for work on a data directory that none of them may have open.
+    ///
+    /// # Errors
+    /// As [`Self::take`].
+    pub fn take_all(layout: &Layout) -> Result<Vec<Lock>> {
+        let locks = ["serve", "host", "control"].map(|kind| Lock::take(layout, kind));
+        locks.into_iter().collect::<Result<_>>().map_err(|error| {
+            error.with_hint("stop the server first: one that a command started leaves 60 s after the last use")
+        })
+    }
+
     /// Takes the lock of `kind` (`host`, `control`, `serve`), or says who has it.
     ///
     /// # Errors

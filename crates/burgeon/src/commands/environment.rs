@@ -94,6 +94,10 @@ fn secret(variable: Variables<'_>, name: &str) -> Result<Option<String>> {
     if variable(name).is_some() {
         return Err(Error::invalid(format!("both {name} and {name}_FILE are set")).with_hint("set one of them"));
     }
+    if !path.starts_with('/') {
+        // A server that a command starts is in another directory than the command.
+        return Err(Error::invalid(format!("{name}_FILE is no whole path")).with_hint("give one that begins with /"));
+    }
     let failed = |error: std::io::Error| Error::io(format!("read {path}, which {name}_FILE names"), &error);
     let mut file = fs::File::open(&path).map_err(failed)?;
     let about = file.metadata().map_err(failed)?;

@@ -11,7 +11,7 @@ use std::{
 
 use crate::{
     image_travels::{disk, import},
-    lab::{Lab, kill, until},
+    lab::{Lab, is_running, kill, until},
     postgres,
     s3_server::Server as S3,
 };
@@ -19,6 +19,11 @@ use crate::{
 /// A lab whose server has nothing of its store in its data directory.
 fn lab(s3: &S3, database: &str) -> Lab {
     let mut lab = Lab::new(&[]);
+    lab.environment = environment(&lab, s3, database);
+    lab
+}
+
+fn environment(lab: &Lab, s3: &S3, database: &str) -> Vec<(String, String)> {
     let secret = lab.file("secret", "secret\n");
     fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
     let pairs = [
@@ -28,8 +33,7 @@ fn lab(s3: &S3, database: &str) -> Lab {
         ("AWS_SECRET_ACCESS_KEY_FILE", secret.to_str().unwrap()),
         ("AWS_ENDPOINT_URL", &format!("http://127.0.0.1:{}", s3.port)),
     ];
-    lab.environment = pairs.iter().map(|(name, value)| ((*name).to_string(), (*value).to_string())).collect();
-    lab
+    pairs.iter().map(|(name, value)| ((*name).to_string(), (*value).to_string())).collect()
 }
 
 fn set(lab: &mut Lab, name: &str, value: &str) {
@@ -41,7 +45,9 @@ fn set(lab: &mut Lab, name: &str, value: &str) {
 
 fn kill_servers(lab: &Lab) {
     for kind in ["serve", "control", "host"] {
-        kill(lab.pid(kind), "KILL");
+        let pid = lab.pid(kind);
+        kill(pid, "KILL");
+        until("it has ended", || !is_running(pid));
     }
 }
 
@@ -104,10 +110,20 @@ fn a_vm_lives_on_a_bucket_and_a_database() {
     until("the VM is adopted", || is_adopted(1));
     assert_eq!(shell(sum).good().stdout, before);
 
-    // The bucket goes away while the guest reads, and comes back: the guest waits.
-    kill(lab.pid("host"), "KILL");
+    // The next host process begins while the bucket is away: the guest waits, and is found again.
+    s3.stop();
+    let host = lab.pid("host");
+    kill(host, "KILL");
     remove_cache(&lab);
+    until("another host process serves", || lab.pid("host") != host);
+    until("the VM is looked for", || lab.json(&["vm", "show", "one"])["state"] == "unknown");
+    s3.start_again();
     until("the VM is adopted again", || is_adopted(2));
+
+    // The bucket goes away while the guest reads.
+    remove_cache(&lab);
+    kill(lab.pid("host"), "KILL");
+    until("the VM is adopted once more", || is_adopted(3));
     s3.stop();
     let reading = lab.command(&["exec", "one", "--", "sh", "-c", sum]).spawn().unwrap();
     until("a read waits", || fs::read_to_string(lab.data().join("serve.log")).unwrap().contains("read waits for it"));
@@ -123,10 +139,11 @@ fn a_vm_lives_on_a_bucket_and_a_database() {
     until("the command runs", || shell("pgrep -f 'read go' | grep -v $$").code == 0);
     server.stop();
     go.write_all(b"\n").unwrap();
-    assert_eq!(crate::lab::finish(reading).good().stdout, before, "a running VM needs no meta");
     let refused = lab.run(&["vm", "create", "debian-minimal", "--name", "two"]);
     assert!(refused.code == 1 && refused.stderr.contains("PostgreSQL"), "{refused:?}");
     server.start();
+    // What the guest needed meanwhile and was not on this machine came late.
+    assert_eq!(crate::lab::finish(reading).good().stdout, before);
     until("meta is there again", || lab.run(&["vm", "show", "one"]).code == 0);
     lab.run(&["vm", "disk", "snapshot", "one", "second"]).good();
 
@@ -146,6 +163,7 @@ fn a_vm_lives_on_a_bucket_and_a_database() {
     let collected = lab.json(&["store", "gc"]);
     assert!(collected["packs_dropped"].as_u64().unwrap() >= 1, "{collected}");
     assert_sound(&lab);
+    assert!(lab.json(&["store", "stat"])["chunks"].as_u64().unwrap() > 1000);
     assert_eq!(shell(sum).good().stdout, before);
 
     // The catalog is lost, and made anew of the bucket and of what this machine names.
@@ -245,4 +263,36 @@ fn settings_that_cannot_be_right_are_refused_by_name() {
     let left = crate::lab::finish(lab.command_in(&local.data(), &["ps"]).spawn().unwrap());
     assert!(left.code == 1 && left.stderr.contains("is in") && left.stderr.contains("BURGEON_"), "{left:?}");
     local.run(&["image", "verify", "here"]).good();
+}
+
+#[test]
+fn a_store_moves_with_its_vms() {
+    let (s3, server) = (S3::start(), postgres::Server::new());
+    let (name, _) = server.new_named_database();
+    let mut lab = Lab::new(&["debian-minimal"]);
+    lab.vm("debian-minimal", "one", "worker");
+    let shell = |lab: &Lab, script: &str| lab.run(&["exec", "one", "--", "sh", "-c", script]).good().stdout;
+    shell(&lab, "echo kept > /root/word; sync");
+    lab.run(&["vm", "disk", "snapshot", "one", "first"]).good();
+    shell(&lab, "echo and this > /root/other; sync");
+    let words = lab.environment.clone();
+    lab.environment = environment(&lab, &s3, &server.text(&name));
+    let busy = lab.run(&["store", "move"]);
+    assert!(busy.code == 1 && busy.stderr.contains("stop the server first"), "{busy:?}");
+    // The VM goes on, and waits for its disk where it needs it.
+    kill_servers(&lab);
+    let moved = lab.json(&["store", "move"]);
+    assert!(moved["packs"].as_u64().unwrap() >= 4 && moved["rows"].as_u64().unwrap() > 7000, "{moved}");
+    assert!(!lab.data().join("store/packs").exists() && lab.data().join("meta.db.moved").exists());
+    remove_cache(&lab);
+    until("the VM is adopted", || lab.json(&["vm", "show", "one"])["on_host"]["adoptions"] == 1);
+    assert_eq!(shell(&lab, "echo 3 > /proc/sys/vm/drop_caches; cat /root/word /root/other"), "kept\nand this\n");
+    assert_eq!(lab.json(&["vm", "disk", "ls", "one"])[0]["snapshots"][0]["name"], "first");
+    assert_sound(&lab);
+    kill_servers(&lab);
+    let right = std::mem::replace(&mut lab.environment, words);
+    let forgotten = lab.run(&["ps"]);
+    assert!(forgotten.code == 1 && forgotten.stderr.contains("set BURGEON_OBJECTS as it was"), "{forgotten:?}");
+    lab.environment = right;
+    lab.run(&["vm", "rm", "one"]).good();
 }

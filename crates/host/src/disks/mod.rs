@@ -17,7 +17,7 @@ use std::{
 };
 
 pub(crate) use attached::Attached;
-use burgeon_api::{Error, Result, VmId, disk::ROOT, host::Launch, store::Problem};
+use burgeon_api::{Error, ErrorKind, Result, VmId, disk::ROOT, host::Launch, store::Problem};
 use burgeon_qemu::{
     command::{file, socket_name},
     nbd::{Owner, Server},
@@ -256,9 +256,11 @@ impl Disks {
         let size = prepare::disk_size(launch).bytes();
         match &launch.source {
             None => self.create_above(&key, size, Some(root)).map_err(|error| {
-                error
-                    .context(format!("use the disk of image {}", launch.image.name))
-                    .with_hint("build or import the image again")
+                let error = error.context(format!("use the disk of image {}", launch.image.name));
+                match error.kind {
+                    ErrorKind::Unavailable | ErrorKind::Deadline => error,
+                    _ => error.with_hint("build or import the image again"),
+                }
             }),
             Some(source) => {
                 let from = self.disk(&root_disk(source.vm))?;

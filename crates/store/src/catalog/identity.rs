@@ -4,14 +4,23 @@ use burgeon_api::{Error, Result};
 
 use super::Catalog;
 use crate::{
+    chunk_store::Watch,
     ids::StoreId,
     places::Owner,
-    sql::{Connection, claim_owner},
+    sql::{Connection, Table, claim_owner, copy, make_room},
 };
 
 /// Of both tables: this one is the catalog's.
 const TABLE: &str = "store_identity";
 const STORE: &str = "store";
+/// All others.
+static TABLES: [Table; 5] = [
+    Table { name: "pack", key: &["id"] },
+    Table { name: "chunk", key: &["id"] },
+    Table { name: "root", key: &["kind", "name"] },
+    Table { name: "counter", key: &["name"] },
+    Table { name: "gone", key: &["id"] },
+];
 
 impl Catalog {
     /// The store that this is the catalog of, if it knows. A thread waits.
@@ -43,6 +52,16 @@ impl Catalog {
         self.database.blocking_write("look whose catalog it is", move |connection| {
             claim_owner(connection, TABLE, "catalog", &owner)
         })
+    }
+
+    /// Copies everything but the identity to another catalog, which is given to an owner. A thread waits.
+    ///
+    /// # Errors
+    /// `Refused` for a catalog of somebody else's, and for one that is not empty; those of both databases, and of
+    /// `watch`.
+    pub(crate) fn blocking_copy_to(&self, to: &Catalog, owner: &Owner, watch: &mut Watch<'_>) -> Result<u64> {
+        make_room(&to.database, TABLE, "catalog", &TABLES, owner)?;
+        copy(&self.database, &to.database, &TABLES, watch)
     }
 
     /// Forgets everything, so that it can be made anew; it is nobody's catalog until it is given to a store again.

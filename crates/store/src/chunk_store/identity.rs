@@ -55,6 +55,24 @@ pub(super) fn marker(objects: &Blocking) -> Result<Option<StoreId>> {
     marker.store.parse().map(Some).map_err(|error| Error::damaged(format!("{place}: {error}")))
 }
 
+/// Makes a new place one of a store, whose packs are to be copied there.
+///
+/// # Errors
+/// `Refused` for a place that holds another store's packs, or images for other machines.
+pub(crate) fn adopt(objects: &Blocking, store: StoreId) -> Result<()> {
+    let other = |what: &str| {
+        Error::refused(format!("{} holds {what}", objects.describe("")))
+            .with_hint("choose an empty directory, or a prefix that is not used")
+    };
+    match marker(objects)? {
+        Some(marked) if marked == store => Ok(()),
+        Some(_) => Err(other("the packs of another store")),
+        None if objects.read(REMOTE, MOST)?.is_some() => Err(other("images for other machines")),
+        None if !objects.list("packs")?.is_empty() => Err(other("packs of nobody")),
+        None => set_marker(objects, store),
+    }
+}
+
 pub(super) fn set_marker(objects: &Blocking, store: StoreId) -> Result<()> {
     let marker = Marker { format: FORMAT, kind: KIND.into(), store: store.to_string() };
     let text = serde_json::to_vec(&marker).map_err(|error| Error::internal(format!("write a marker: {error}")))?;

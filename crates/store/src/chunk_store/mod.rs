@@ -25,7 +25,9 @@ use bytes::Bytes;
 
 pub use collect::{GRACE_US, collect};
 pub use fsck::fsck;
+pub(crate) use identity::adopt;
 pub use ingest::{Ingested, MapBytes, ingest};
+pub(crate) use rebuild::settle as settle_file;
 pub use rebuild::{NamedRoot, rebuild};
 pub use scrub::scrub;
 pub use writer::{Writer, Written};
@@ -146,6 +148,16 @@ impl ChunkStore {
     /// A random number, for waits that are not to end together.
     pub(crate) fn random(&self) -> u8 {
         (self.source.uuid)()[15]
+    }
+
+    /// How often a bucket was asked for something since the store was opened; a directory is not counted.
+    #[must_use]
+    pub fn requests(&self) -> u64 {
+        #[cfg(feature = "s3")]
+        if let Blocking::Bucket(bucket) = &self.objects {
+            return bucket.requests();
+        }
+        0
     }
 
     /// How many reads are worth being under way at the same time.

@@ -219,8 +219,8 @@ fn remove(file: &Path) -> Result<()> {
     }
 }
 
-/// Brings all of a new database into its one file, once its threads have let go of it, and that to the disk.
-fn settle(file: &Path) -> Result<()> {
+/// Brings all of a database into its one file, once its threads have let go of it, and that to the disk.
+pub(crate) fn settle(file: &Path) -> Result<()> {
     let failed = |error: rusqlite::Error| Error::internal(format!("finish {}: {error}", file.display()));
     let connection = rusqlite::Connection::open(file).map_err(failed)?;
     for _ in 0..TRIES {

@@ -243,7 +243,11 @@ impl ImageBase {
         drop(trace);
         let mut streak = self.streak.lock().unwrap_or_else(PoisonError::into_inner);
         let (last, ahead) = *streak;
-        let ahead = if range.start == last && last > 0 { (ahead * 2).clamp(AHEAD.0, AHEAD.1) } else { 0 };
+        // What a chunk held beyond the last read is here already, and the reader began behind it. Far away that is worth
+        // taking for going on; nearby, reading too much costs more.
+        let slack = if self.store.lanes() > 1 { MOST_CUT as u64 } else { 0 };
+        let goes_on = (last..=last + slack).contains(&range.start) && last > 0;
+        let ahead = if goes_on { (ahead * 2).clamp(AHEAD.0, AHEAD.1) } else { 0 };
         // Not into what the parent has.
         let (_, end) = self.whose(range.start, (range.end + ahead).min(self.map.length()));
         *streak = (end, ahead);

@@ -6,7 +6,11 @@
 use std::{
     fmt,
     ops::Range,
-    sync::{Arc, Mutex, PoisonError, mpsc},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
 };
 
 use burgeon_api::{Error, Result};
@@ -32,6 +36,8 @@ pub struct Bucket {
 struct Requests {
     runtime: Option<Runtime>,
     permits: Arc<Semaphore>,
+    /// How many were made.
+    count: AtomicU64,
 }
 
 impl fmt::Debug for Requests {
@@ -62,7 +68,8 @@ impl Bucket {
             .enable_all()
             .build()
             .map_err(|error| Error::io("start the threads that ask a bucket", &error))?;
-        let requests = Requests { runtime: Some(runtime), permits: Arc::new(Semaphore::new(AT_ONCE)) };
+        let requests =
+            Requests { runtime: Some(runtime), permits: Arc::new(Semaphore::new(AT_ONCE)), count: AtomicU64::new(0) };
         Ok(Bucket { objects: Objects::S3(s3.clone()), s3, requests: Arc::new(requests) })
     }
 
@@ -75,9 +82,15 @@ impl Bucket {
         self.wait(async move { s3.check().await })
     }
 
+    /// How many requests were made of it.
+    pub(crate) fn requests(&self) -> u64 {
+        self.requests.count.load(Ordering::Relaxed)
+    }
+
     /// Waits for a request, which has a deadline of its own, until there is a permit for it and then until it is done.
     fn wait<T: Send + 'static>(&self, request: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
         let permits = self.requests.permits.clone();
+        self.requests.count.fetch_add(1, Ordering::Relaxed);
         self.run(async move {
             let permit = permits.acquire().await;
             let outcome = request.await;
@@ -149,6 +162,7 @@ impl Bucket {
     /// None but that of a runtime that ends; those of the parts are in the answers.
     pub(crate) fn get_ranges(&self, wanted: Vec<(String, Range<u64>)>) -> Result<Vec<Result<Bytes>>> {
         let (objects, permits) = (self.objects.clone(), self.requests.permits.clone());
+        self.requests.count.fetch_add(wanted.len() as u64, Ordering::Relaxed);
         self.run(async move {
             let get = async |(name, range): (String, Range<u64>)| {
                 let permit = permits.acquire().await;

@@ -45,7 +45,7 @@ pub struct Files {
 /// The file. What is absent from it is in the data directory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Record {
+pub(super) struct Record {
     format: u32,
     owner: String,
     /// Addresses for people, as they were when it was written.
@@ -73,6 +73,16 @@ impl Elsewhere {
         self.objects_address().is_none() && self.catalog.is_none() && self.meta.is_none()
     }
 
+    pub(super) fn has_objects(&self) -> bool {
+        self.objects_address().is_some()
+    }
+
+    /// Whether a record tells of the same parts.
+    pub(super) fn is_of(&self, record: &Record) -> bool {
+        let given = [self.has_objects(), self.catalog.is_some(), self.meta.is_some()];
+        given == [record.objects.is_some(), record.catalog.is_some(), record.meta.is_some()]
+    }
+
     fn objects_address(&self) -> Option<String> {
         #[cfg(feature = "s3")]
         return self.objects.as_ref().map(ToString::to_string);
@@ -92,7 +102,7 @@ impl Elsewhere {
         }
         let record = match record {
             None if self.is_nothing() => return Ok(self.places(files, None)),
-            None => write(files, self, OwnerId(id))?,
+            None => write(&files.record, self, OwnerId(id))?,
             Some(record) => record,
         };
         Ok(self.places(files, Some(owner(&record, files)?)))
@@ -141,7 +151,7 @@ impl Elsewhere {
         checked
     }
 
-    fn places(&self, files: &Files, owner: Option<Owner>) -> Places {
+    pub(super) fn places(&self, files: &Files, owner: Option<Owner>) -> Places {
         Places {
             directory: files.store.clone(),
             #[cfg(feature = "s3")]
@@ -213,7 +223,7 @@ impl Part<'_> {
     }
 }
 
-fn owner(record: &Record, files: &Files) -> Result<Owner> {
+pub(super) fn owner(record: &Record, files: &Files) -> Result<Owner> {
     let id = record.owner.parse().map_err(|error| damaged(&files.record, &error))?;
     Ok(Owner { id, name: files.name.clone() })
 }
@@ -223,7 +233,7 @@ fn damaged(file: &Path, why: &dyn std::fmt::Display) -> Error {
         .with_hint("it says where this data directory's store is: bring it back from a copy")
 }
 
-fn read(file: &Path) -> Result<Option<Record>> {
+pub(super) fn read(file: &Path) -> Result<Option<Record>> {
     let text = match fs::read(file) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -242,7 +252,7 @@ fn read(file: &Path) -> Result<Option<Record>> {
 }
 
 /// Writes the record, unless somebody else just did; answers what it is then.
-fn write(files: &Files, elsewhere: &Elsewhere, owner: OwnerId) -> Result<Record> {
+pub(super) fn write(file: &Path, elsewhere: &Elsewhere, owner: OwnerId) -> Result<Record> {
     let record = Record {
         format: FORMAT,
         owner: owner.to_string(),
@@ -250,22 +260,30 @@ fn write(files: &Files, elsewhere: &Elsewhere, owner: OwnerId) -> Result<Record>
         catalog: elsewhere.catalog.as_ref().map(ToString::to_string),
         meta: elsewhere.meta.as_ref().map(ToString::to_string),
     };
-    let failed = |error: io::Error| Error::io(format!("write {}", files.record.display()), &error);
+    let failed = |error: io::Error| Error::io(format!("write {}", file.display()), &error);
     let mut text = serde_json::to_vec_pretty(&record).map_err(|error| failed(error.into()))?;
     text.push(b'\n');
-    let unfinished = files.record.with_extension(format!("new-{}", std::process::id()));
+    let unfinished = file.with_extension(format!("new-{}", std::process::id()));
     let written = File::create(&unfinished).and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_all()));
     // A second name that replaces nothing.
-    let linked = written.and_then(|()| fs::hard_link(&unfinished, &files.record));
+    let linked = written.and_then(|()| fs::hard_link(&unfinished, file));
     let removed = fs::remove_file(&unfinished);
     match linked {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         linked => linked.and(removed).map_err(failed)?,
     }
-    if let Some(directory) = files.record.parent() {
-        File::open(directory).and_then(|directory| directory.sync_all()).map_err(failed)?;
-    }
-    read(&files.record)?.ok_or_else(|| Error::internal("a file that was written is not there"))
+    sync_folder(file).map_err(failed)?;
+    read(file)?.ok_or_else(|| Error::internal("a file that was written is not there"))
+}
+
+/// Gives a record its name, for good.
+pub(super) fn put_in_place(unfinished: &Path, file: &Path) -> Result<()> {
+    let failed = |error: io::Error| Error::io(format!("write {}", file.display()), &error);
+    fs::rename(unfinished, file).and_then(|()| sync_folder(file)).map_err(failed)
+}
+
+fn sync_folder(of: &Path) -> io::Result<()> {
+    File::open(of.parent().unwrap_or(Path::new("/")))?.sync_all()
 }
 
 #[cfg(test)]
@@ -283,7 +301,9 @@ mod tests {
 
     fn on_postgres() -> Elsewhere {
         let address = || Some("postgres://ann:secret@db.lan/burgeon".parse().unwrap());
-        Elsewhere { catalog: address(), meta: address(), ..Elsewhere::default() }
+        let mut elsewhere = Elsewhere { catalog: address(), ..Elsewhere::default() };
+        elsewhere.meta = address();
+        elsewhere
     }
 
     #[test]

@@ -2,11 +2,13 @@
 //! on a PostgreSQL server. Every process that opens a store is given one of these.
 
 mod elsewhere;
+mod relocate;
 
 use std::path::{Path, PathBuf};
 
 use burgeon_api::Result;
 pub use elsewhere::{Elsewhere, Files};
+pub use relocate::{PACKS, relocate};
 
 #[cfg(feature = "s3")]
 use crate::objects::{Bucket, S3Settings};
@@ -91,12 +93,16 @@ impl Places {
         self.catalog.clone().unwrap_or_else(|| Address::Sqlite(self.directory.join(CATALOG)))
     }
 
+    /// Whether the packs are in its directory.
+    pub(crate) fn has_objects_here(&self) -> bool {
+        #[cfg(feature = "s3")]
+        return self.objects.is_none();
+        #[cfg(not(feature = "s3"))]
+        true
+    }
+
     /// Whether all of it is in its directory.
     pub(crate) fn is_local(&self) -> bool {
-        #[cfg(feature = "s3")]
-        if self.objects.is_some() {
-            return false;
-        }
-        self.catalog_file().is_some()
+        self.has_objects_here() && self.catalog_file().is_some()
     }
 }

@@ -1,6 +1,9 @@
 //! A copy of an image from a remote: what the store has already is not read, everything else is compared with its name.
 
-use std::{collections::HashSet, io::Read};
+use std::{
+    collections::HashSet,
+    io::{BufReader, Read},
+};
 
 use burgeon_api::{Error, Result};
 use bytes::Bytes;
@@ -86,7 +89,8 @@ pub fn pull(
         if stored.length > map.length() {
             return Err(Error::damaged(format!("{} is longer than its map", stored.name)));
         }
-        file(stored, &mut MapBytes::new(store, map).take(stored.length))?;
+        // Each read of a map looks its chunks up, and may ask a bucket for them.
+        file(stored, &mut BufReader::with_capacity(1 << 20, MapBytes::new(store, map)).take(stored.length))?;
     }
     if let Some(root) = disk {
         watch("keep", 0, 0)?;

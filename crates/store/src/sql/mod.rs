@@ -8,6 +8,7 @@
 mod address;
 mod committer;
 mod connection;
+mod copy;
 mod database;
 mod migrate;
 mod owner;
@@ -20,6 +21,7 @@ pub use address::Address;
 pub use committer::Committer;
 pub use connection::Connection;
 pub(crate) use connection::check;
+pub(crate) use copy::{Table, copy, make_room};
 pub use database::Database;
 pub use migrate::Component;
 pub(crate) use owner::claim_owner;

@@ -11,7 +11,10 @@ use std::{
     time::Duration,
 };
 
-use burgeon_api::{Error, ErrorKind, store::Checked};
+use burgeon_api::{
+    Error, ErrorKind,
+    store::{Checked, Relocated},
+};
 use burgeon_store::{
     ChunkId, OwnerId,
     catalog::NewRoot,
@@ -19,8 +22,9 @@ use burgeon_store::{
     cut::Cutter,
     disk::{Base, ImageBase},
     map::Map,
+    meta::Meta,
     objects::S3Settings,
-    places::{Owner, Places},
+    places::{Elsewhere, Files, Owner, Places, relocate},
     sql::Address,
 };
 
@@ -307,4 +311,115 @@ fn a_read_waits_for_what_is_away_and_goes_on() {
         postgres.start();
         waiting.into_iter().for_each(|reader| reader.join().unwrap());
     });
+}
+
+/// A move that is broken off at any step leaves the data directory as it was, and the next one goes on.
+#[test]
+fn a_store_moves_out_of_its_directory_wherever_it_is_broken_off() {
+    let (server, home) = (Server::start(), tempfile::tempdir().unwrap());
+    let files = Files {
+        record: home.path().join("places.json"),
+        store: home.path().join("store"),
+        meta: home.path().join("meta.db"),
+        name: "host:/data".into(),
+    };
+    let clock = Arc::new(AtomicU64::new(FUTURE));
+    let (bytes, row) = (noise(5, 3 << 20), crate::sql::meta::row("web"));
+    let map = {
+        let store = ChunkStore::open(&files.store, source(&clock)).unwrap();
+        keep(&store, "gone", &noise(6, 100_000));
+        store.catalog().blocking_remove_root("image", "gone", None).unwrap();
+        keep(&store, "one", &bytes)
+    };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(Meta::open(&files.meta).unwrap().create_vm(row.clone())).unwrap();
+    let before =
+        ChunkStore::open(&files.store, source(&clock)).unwrap().catalog().blocking_chunks_after(None, 4096).unwrap();
+
+    let address = shared().new_database();
+    let elsewhere =
+        Elsewhere { objects: Some(settings(&server)), catalog: Some(address.clone()), meta: Some(address.clone()) };
+    let nothing = Elsewhere::default();
+    assert_eq!(
+        relocate(&nothing, &files, &source(&clock), &mut |_, _, _| Ok(())).unwrap_err().kind,
+        ErrorKind::Invalid
+    );
+    let moved = (0..)
+        .find_map(|steps| {
+            let mut rest = steps;
+            let done = relocate(&elsewhere, &files, &source(&clock), &mut |_, _, _| {
+                rest -= 1;
+                if rest < 0 { Err(Error::new(ErrorKind::Cancelled, "killed")) } else { Ok(()) }
+            });
+            let Err(error) = done else { return done.ok() };
+            assert_eq!(error.kind, ErrorKind::Cancelled, "{error}");
+            // It is still here; and the settings are refused until it is there.
+            assert_eq!(elsewhere.settle(&files, [1; 16]).unwrap_err().kind, ErrorKind::Refused);
+            let here = nothing.settle(&files, [1; 16]).unwrap();
+            assert!(read(&ChunkStore::open(here, source(&clock)).unwrap(), map)[..bytes.len()] == bytes[..]);
+            assert!(steps < 100);
+            None
+        })
+        .unwrap();
+    assert!(moved.packs == 2 && moved.rows > 100, "{moved:?}");
+    let again = relocate(&elsewhere, &files, &source(&clock), &mut |_, _, _| Ok(())).unwrap();
+    assert_eq!(again, Relocated::default());
+
+    assert!(nothing.settle(&files, [1; 16]).unwrap_err().message.contains("s3://burgeon/of/this-test"));
+    let left: Vec<_> = std::fs::read_dir(&files.store).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["catalog.db.moved"]);
+    let store = ChunkStore::open(elsewhere.settle(&files, [1; 16]).unwrap(), source(&clock)).unwrap();
+    assert!(read(&store, map)[..bytes.len()] == bytes[..]);
+    assert_eq!(store.catalog().blocking_chunks_after(None, 4096).unwrap(), before);
+    assert_sound(&store);
+    let meta = Meta::open(&address).unwrap();
+    assert_eq!(runtime.block_on(meta.vms()).unwrap(), [row]);
+    drop(meta);
+
+    // Nobody's place is taken.
+    let other = tempfile::tempdir().unwrap();
+    let others = Files {
+        record: other.path().join("places.json"),
+        store: other.path().join("store"),
+        meta: other.path().join("meta.db"),
+        name: "other:/data".into(),
+    };
+    keep(&ChunkStore::open(&others.store, source(&clock)).unwrap(), "one", &noise(7, 100_000));
+    let only = |objects, catalog| Elsewhere { objects, catalog, meta: None };
+    for taken in [only(Some(settings(&server)), None), only(None, Some(address))] {
+        let error = relocate(&taken, &others, &source(&clock), &mut |_, _, _| Ok(())).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Refused, "{error}");
+        std::fs::remove_file(others.record.with_extension("json.moving")).unwrap();
+    }
+    ChunkStore::open(&others.store, source(&clock)).unwrap();
+}
+
+/// What a guest needs at once comes in a few requests, and once for all who want it.
+#[test]
+fn a_bucket_is_asked_seldom() {
+    let pair = Pair::new(true, false);
+    let bytes = noise(8, 4 << 20);
+    let map = keep(&pair.open(), "one", &bytes);
+    let store = pair.open();
+    let chunks = map.lookup(&*store, 0..4 << 20).unwrap().len();
+    assert!(chunks > 150, "{chunks}");
+    let base = ImageBase::open(store.clone(), map.root(), &pair.directory.path().join("cache"), None).unwrap();
+    let before = store.requests();
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                let mut read = vec![0; 2 << 20];
+                base.read(0, &mut read).unwrap();
+                assert!(read == bytes[..2 << 20]);
+            });
+        }
+    });
+    let whole = store.requests() - before;
+    assert!((2..=12).contains(&whole), "{whole} requests for 2 MiB, four times");
+    let one = store.requests();
+    for at in (2 << 20..4 << 20).step_by(64 << 10) {
+        base.read(at, &mut vec![0; 64 << 10]).unwrap();
+    }
+    let in_order = store.requests() - one;
+    assert!(in_order < 16, "{in_order} requests for 32 reads in order");
 }

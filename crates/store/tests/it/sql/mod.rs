@@ -4,7 +4,7 @@ mod catalog;
 mod committer;
 mod fence;
 mod kills;
-mod meta;
+pub(crate) mod meta;
 mod opening;
 pub(crate) mod server;
 
