@@ -237,7 +237,7 @@ impl ChunkStore {
     /// Where a record could not be read, a collection may have moved the chunk since its place was looked up, and the pack
     /// may be gone: then it has another place, and that one is read.
     fn elsewhere(&self, id: ChunkId, place: Place, error: Error) -> Result<Vec<u8>> {
-        if matches!(error.kind, ErrorKind::Unavailable | ErrorKind::Deadline) {
+        if is_away(&error) {
             return Err(error);
         }
         match self.catalog.blocking_places(vec![id])?.first().copied().flatten() {
@@ -269,10 +269,10 @@ impl ChunkStore {
     fn at_place(&self, place: Place, error: Error) -> Error {
         let name = object_name(place.pack);
         let error = error.context(format!("{} at byte {}", self.objects.describe(&name), place.offset));
-        match error.kind {
-            ErrorKind::Unavailable | ErrorKind::Deadline => error,
-            _ => error.with_hint("find all damage with burgeon store scrub; the guide says how to replace it"),
+        if is_away(&error) {
+            return error;
         }
+        error.with_hint("find all damage with burgeon store scrub; the guide says how to replace it")
     }
 
     fn open_pack(&self, pack: PackId) -> Result<Arc<OpenObject>> {
@@ -300,6 +300,11 @@ impl Nodes for ChunkStore {
     fn get(&self, id: ChunkId) -> Result<Bytes> {
         self.get(id)
     }
+}
+
+/// Whether a place cannot be reached at the moment, which tells nothing of what is there.
+pub(crate) fn is_away(error: &Error) -> bool {
+    matches!(error.kind, ErrorKind::Unavailable | ErrorKind::Deadline)
 }
 
 /// Bytes of a chunk that a map says are in it.

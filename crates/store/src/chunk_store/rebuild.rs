@@ -23,7 +23,7 @@ use burgeon_api::{
     store::{Problem, Rebuilt},
 };
 
-use super::{Source, Watch, identity, object_name, scrub::index};
+use super::{Source, Watch, identity, is_away, object_name, scrub::index};
 use crate::{
     ChunkId, PackId, StoreId,
     catalog::{Catalog, Entry, NewRoot},
@@ -151,6 +151,7 @@ fn entries_of(objects: &Blocking, id: PackId, name: &str) -> Result<(u64, Vec<En
     let length = object.length();
     let known = match index(&object, id, length) {
         Ok(known) => (known, None),
+        Err(error) if is_away(&error) => return Err(error),
         Err(error) => {
             let salvage = pack::scan(id, InOrder { object: &object, at: 0 })?;
             let why = salvage.stopped.map_or_else(|| error.message.clone(), |stopped| stopped.message);

@@ -21,7 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use burgeon_api::{Error, ErrorKind, Result};
+use burgeon_api::{Error, Result};
 
 use super::{
     Base,
@@ -30,7 +30,7 @@ use super::{
 };
 use crate::{
     ChunkId,
-    chunk_store::{ChunkStore, part},
+    chunk_store::{ChunkStore, is_away, part},
     cut::MOST_CUT,
     map::{self, Map, MapReader, Piece},
 };
@@ -152,7 +152,7 @@ impl ImageBase {
         let mut tries = 0;
         loop {
             let error = match self.fetch_once(range.clone()) {
-                Err(error) if matches!(error.kind, ErrorKind::Unavailable | ErrorKind::Deadline) => error,
+                Err(error) if is_away(&error) => error,
                 done => return done,
             };
             let Some(pause) = pause(tries, begun.elapsed(), self.store.random()) else { return Err(error) };

@@ -130,6 +130,10 @@ impl S3 {
         if settings.bucket.is_empty() {
             return Err(wrong("it has no name".into()));
         }
+        // Somebody may have written keys into it, so that it is not repeated then.
+        if settings.endpoint.as_ref().is_some_and(|endpoint| endpoint.contains('@')) {
+            return Err(wrong("the endpoint holds '@'".into()).with_hint("keys have variables of their own"));
+        }
         if let Some(endpoint) = &settings.endpoint
             && !endpoint.starts_with("https://")
             && !(settings.allow_http && endpoint.starts_with("http://"))

@@ -182,7 +182,7 @@ impl Elsewhere {
             },
             Part {
                 name: META,
-                variable: "BURGEON_DATABASE",
+                variable: "BURGEON_DATABASE or BURGEON_META_DATABASE",
                 given: self.meta.as_ref().map(ToString::to_string),
                 recorded: record.and_then(|record| record.meta.as_deref()),
                 here: filled(files.meta.clone()),

@@ -254,9 +254,14 @@ fn what_does_not_belong_together_is_refused_and_not_changed() {
             refused(places)
         };
         assert_eq!(wrong(&|settings| settings.secret_key = "wrong".into()).kind, ErrorKind::Refused);
+        let error = wrong(&|settings| settings.endpoint = Some("https://key:hidden@host".into()));
+        assert!(error.kind == ErrorKind::Invalid && !error.message.contains("hidden"), "{error}");
         let error = wrong(&|settings| settings.bucket = "elsewhere".into());
         assert!(error.kind == ErrorKind::NotFound && error.hint.unwrap().contains("create the bucket"));
+        let store = ours.open();
         ours.bucket.as_mut().unwrap().stop();
+        let away = chunk_store::scrub(&store, true, &mut |_, _, _| Ok(())).unwrap_err();
+        assert_eq!(away.kind, ErrorKind::Unavailable, "nothing is damaged because it cannot be reached");
         let error = wrong(&|_| ());
         assert!(error.kind == ErrorKind::Unavailable && error.hint.unwrap().contains("can be reached"));
     }
