@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{ByteSize, image::Image};
 
+/// Variables of a server's environment that hold secrets. The programs that it starts do not get them.
+pub const SECRETS: [&str; 3] = ["AWS_SECRET_ACCESS_KEY", "BURGEON_DATABASE", "BURGEON_META_DATABASE"];
+
 /// Where a remote is, and with what it is reached.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

@@ -92,6 +92,15 @@ pub struct Rebuilt {
     pub problems: Vec<Problem>,
 }
 
+/// What was moved out of a data directory; nothing where it had been done before.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Relocated {
+    pub packs: u64,
+    pub pack_bytes: u64,
+    /// Rows of the catalog and of meta.
+    pub rows: u64,
+}
+
 /// Something damaged.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Problem {

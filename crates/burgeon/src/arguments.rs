@@ -518,6 +518,8 @@ pub enum StoreCommand {
         #[arg(long)]
         rebuild: bool,
     },
+    /// Move packs and databases out of the data directory, to where BURGEON_OBJECTS and BURGEON_DATABASE say; without a server
+    Move,
 }
 
 #[derive(Debug, Subcommand)]

@@ -8,7 +8,6 @@ use std::{
     fs::File,
     io::{self, BufReader, Read},
     path::Path,
-    sync::Arc,
 };
 
 use burgeon_api::{Error, ErrorKind, Result};
@@ -32,11 +31,6 @@ const GRACE_US: u64 = 3600 * 1_000_000;
 pub(crate) fn now_us() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
-}
-
-/// Opens the store of this data directory.
-pub(crate) fn open(directory: &Path) -> Result<Arc<ChunkStore>> {
-    ChunkStore::open(directory, burgeon_host::store_source())
 }
 
 /// The root that keeps the disk of an image.

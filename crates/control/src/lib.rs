@@ -13,8 +13,10 @@ mod export;
 mod host_client;
 mod images;
 mod pipelines;
+mod places;
 mod rebuild;
 mod reconcile;
+mod relocate;
 mod remotes;
 mod state;
 mod store;
@@ -32,7 +34,7 @@ use std::{
 use axum::{extract::Request, middleware::Next};
 use burgeon_api::{Error, Result};
 use burgeon_host::layout::{Layout, Lock};
-use burgeon_store::meta::Meta;
+use burgeon_store::places::Elsewhere;
 use tokio::{
     net::UnixListener,
     sync::{Notify, watch},
@@ -40,11 +42,13 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use api::openapi;
+pub use places::check as check_places;
 pub use rebuild::rebuild;
+pub use relocate::relocate;
 
 use crate::{
     host_client::HostClient,
-    state::{Busy, Seen, State},
+    state::{Busy, Seen, State, blocking},
 };
 
 /// What a control process is started with.
@@ -54,6 +58,8 @@ pub struct Options {
     pub version: String,
     /// Leave, and tell the host process to, after this time without any use.
     pub idle_exit: Option<Duration>,
+    /// What of meta and the store is not in the data directory.
+    pub elsewhere: Elsewhere,
     /// Told to who asks; what they say has been done.
     pub settings: Vec<burgeon_api::http::Setting>,
 }
@@ -65,9 +71,11 @@ pub struct Options {
 pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
     let layout = Layout::create(&options.data)?;
     let _lock = Lock::take(&layout, "control")?;
-    let meta = Meta::open(&layout.meta())?;
     images::remove_left_over(&layout.temporary());
-    let store = disks::open(&layout.store())?;
+    let (meta, store) = {
+        let (layout, elsewhere) = (layout.clone(), options.elsewhere);
+        blocking("open meta and the store", move || places::open(&layout, &elsewhere)).await?
+    };
     let socket = layout.control_socket();
     if socket.exists() {
         // The lock is ours, so nobody listens there.

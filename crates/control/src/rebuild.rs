@@ -9,7 +9,10 @@ use burgeon_api::{
 };
 use burgeon_host::layout::{Layout, Lock};
 use burgeon_image::{DataPaths, Stored};
-use burgeon_store::chunk_store::{self, NamedRoot};
+use burgeon_store::{
+    chunk_store::{self, NamedRoot},
+    places::Elsewhere,
+};
 
 use crate::{disks, store::watch};
 
@@ -20,20 +23,19 @@ use crate::{disks, store::watch};
 /// was. What cannot be read is in the answer.
 pub fn rebuild(
     data: &Path,
+    elsewhere: &Elsewhere,
     tell: &(dyn Fn(Progress) + Sync),
     cancelled: &(dyn Fn() -> bool + Sync),
 ) -> Result<Rebuilt> {
     let layout = Layout::create(data)?;
     // Whoever could have the store open.
-    let locks = ["serve", "host", "control"].map(|kind| Lock::take(&layout, kind));
-    let _locks = locks.into_iter().collect::<Result<Vec<_>>>().map_err(|error| {
-        error.with_hint("stop the server first: one that a command started leaves 60 s after the last use")
-    })?;
+    let _locks = Lock::take_all(&layout)?;
     let mut problems = Vec::new();
     let mut roots = of_images(&layout, &mut problems)?;
     roots.extend(of_disks(&layout, &mut problems)?);
     let mut watch = watch(false, tell, cancelled);
-    let mut rebuilt = chunk_store::rebuild(&layout.store(), &burgeon_host::store_source(), &roots, &mut watch)?;
+    let mut rebuilt =
+        chunk_store::rebuild(elsewhere.settled(&layout.files())?, &burgeon_host::store_source(), &roots, &mut watch)?;
     rebuilt.problems.extend(problems);
     Ok(rebuilt)
 }

@@ -7,6 +7,7 @@ use std::{
 };
 
 use burgeon_api::{Error, Result, VmId};
+use burgeon_store::places::Files;
 use rustix::fs::FlockOperation;
 
 /// A unix socket's path has 107 bytes; the longest below the data directory needs 33 of them.
@@ -108,6 +109,16 @@ impl Layout {
     pub fn meta(&self) -> PathBuf {
         self.data.join("meta.db")
     }
+    /// What of it may lie elsewhere.
+    pub fn files(&self) -> Files {
+        let system = rustix::system::uname();
+        Files {
+            record: self.data.join("places.json"),
+            store: self.store(),
+            meta: self.meta(),
+            name: format!("{}:{}", system.nodename().to_string_lossy(), self.data.display()),
+        }
+    }
     pub fn kvm_verdict(&self) -> PathBuf {
         self.data.join("kvm.json")
     }
@@ -124,6 +135,17 @@ impl Lock {
     pub fn is_taken(layout: &Layout, kind: &str) -> bool {
         let Ok(file) = fs::File::open(layout.data.join(format!("{kind}.lock"))) else { return false };
         rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err()
+    }
+
+    /// Takes the locks of all servers: for work on a data directory that none of them may have open.
+    ///
+    /// # Errors
+    /// As [`Self::take`].
+    pub fn take_all(layout: &Layout) -> Result<Vec<Lock>> {
+        let locks = ["serve", "host", "control"].map(|kind| Lock::take(layout, kind));
+        locks.into_iter().collect::<Result<_>>().map_err(|error| {
+            error.with_hint("stop the server first: one that a command started leaves 60 s after the last use")
+        })
     }
 
     /// Takes the lock of `kind` (`host`, `control`, `serve`), or says who has it.

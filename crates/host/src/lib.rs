@@ -34,6 +34,7 @@ use burgeon_qemu::{
     facts::Qemu,
     probe::{Verdict, Wish},
 };
+use burgeon_store::places::Elsewhere;
 pub use disks::{disk_roots, store_source};
 use tokio::{
     net::UnixListener,
@@ -56,6 +57,8 @@ pub struct Options {
     pub agent: &'static [u8],
     /// The version told to the control process.
     pub build: String,
+    /// What of the store is not in the data directory.
+    pub elsewhere: Elsewhere,
     /// Told to who asks; what they say has been done.
     pub settings: Vec<burgeon_api::http::Setting>,
 }
@@ -100,7 +103,7 @@ pub async fn run(options: Options) -> Result<()> {
         groups: cgroup::Groups::prepare(),
         boot_slots: Semaphore::new(cpus.max(2)),
         activation_slots: Semaphore::new(2 * cpus.max(2)),
-        disks: disks::Disks::start(layout.clone())?,
+        disks: disks::Disks::start(layout.clone(), options.elsewhere)?,
         substrates: frozen::Substrates::default(),
         siblings: identity::Siblings::default(),
         room: room::Room::default(),

@@ -82,9 +82,12 @@ pub(crate) struct Finished {
     pub(crate) stderr: Vec<u8>,
 }
 
-/// A program with the environment that all of ours get: no locale, so that order and messages are fixed.
+/// A program with the environment that all of ours get: no locale, so that order and messages are fixed, and no secrets.
 pub(crate) fn command(program: &Path) -> Command {
     let mut command = Command::new(program);
+    for name in burgeon_api::remote::SECRETS {
+        command.env_remove(name);
+    }
     command.env("LC_ALL", "C").env("DEBIAN_FRONTEND", "noninteractive").stdin(Stdio::null());
     command
 }

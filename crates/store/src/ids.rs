@@ -14,6 +14,14 @@ pub struct ChunkId(pub [u8; 32]);
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PackId(pub [u8; 16]);
 
+/// A store: its packs and its catalog have the same.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct StoreId(pub [u8; 16]);
+
+/// A data directory, for databases that several could reach.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct OwnerId(pub [u8; 16]);
+
 /// Where a chunk's record lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
@@ -86,6 +94,8 @@ macro_rules! hexadecimal {
 
 hexadecimal!(ChunkId, 32, "chunk");
 hexadecimal!(PackId, 16, "pack");
+hexadecimal!(StoreId, 16, "store");
+hexadecimal!(OwnerId, 16, "owner");
 
 #[cfg(test)]
 mod tests {

@@ -12,6 +12,7 @@ pub mod map;
 pub mod meta;
 pub mod objects;
 pub mod pack;
+pub mod places;
 #[cfg(feature = "s3")]
 pub mod remote;
 mod schema;
@@ -21,4 +22,4 @@ pub mod steps;
 mod testing;
 mod wire;
 
-pub use ids::{ChunkId, PackId, Place};
+pub use ids::{ChunkId, OwnerId, PackId, Place, StoreId};

@@ -14,9 +14,17 @@ use burgeon_api::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
+    chunk_store::Watch,
+    places::Owner,
     schema::META,
-    sql::{Address, Connection, Database, Row},
+    sql::{Address, Connection, Database, Row, Table, claim_owner, copy, make_room},
 };
+
+static TABLES: [Table; 3] = [
+    Table { name: "vm", key: &["id"] },
+    Table { name: "pipeline", key: &["id"] },
+    Table { name: "item", key: &["pipeline", "path"] },
+];
 
 /// A row of `vm`.
 #[derive(Clone, Debug, PartialEq)]
@@ -89,6 +97,27 @@ impl Meta {
     /// for a server's database that is not there, not allowed or not reached.
     pub fn open(address: impl Into<Address>) -> Result<Meta> {
         Ok(Meta { database: Database::open(&address.into(), &META)? })
+    }
+
+    /// Makes it the meta of an owner, unless it has one. A thread waits.
+    ///
+    /// # Errors
+    /// `Refused` where it is another's.
+    pub fn blocking_claim_owner(&self, owner: &Owner) -> Result<()> {
+        let owner = owner.clone();
+        self.database.blocking_write("look whose meta it is", move |connection| {
+            claim_owner(connection, "meta_identity", "meta", &owner)
+        })
+    }
+
+    /// Copies everything but the identity to another meta, which is given to an owner. A thread waits. Answers how many
+    /// rows there are.
+    ///
+    /// # Errors
+    /// `Refused` for a meta of somebody else's, and for one that is not empty; those of both databases, and of `watch`.
+    pub(crate) fn blocking_copy_to(&self, to: &Meta, owner: &Owner, watch: &mut Watch<'_>) -> Result<u64> {
+        make_room(&to.database, "meta_identity", "meta", &TABLES, owner)?;
+        copy(&self.database, &to.database, &TABLES, watch)
     }
 
     /// Adds a VM. Asking again with the same id changes nothing.

@@ -7,6 +7,7 @@ pub(crate) static META: Component = Component {
     migrations: &MIGRATIONS,
     user_version: true,
     lock: i64::from_be_bytes(*b"\0\0\0\0meta"),
+    exclusive: true,
     cache_kib: 8 << 10,
     checkpoint_pages: 1000,
     readers: 1,
@@ -55,7 +56,11 @@ const THIRD: &str = "
     ALTER TABLE vm ADD COLUMN source TEXT;
 ";
 
-/// Substrates.
+/// Substrates; and whose it is, where several servers could reach it.
 const FOURTH: &str = "
     ALTER TABLE vm ADD COLUMN substrate TEXT;
+    CREATE TABLE meta_identity (
+        name TEXT PRIMARY KEY,
+        value TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID;
 ";

@@ -6,7 +6,7 @@ use burgeon_api::{
 };
 use serde::Serialize;
 
-use super::Context;
+use super::{Context, environment};
 use crate::{client::Client, output};
 
 /// A setting as it is shown.
@@ -60,12 +60,13 @@ fn from_environment(name: &str, variable: &str, default: &str) -> Setting {
 
 /// What the host process is set by.
 pub(super) fn of_host() -> Vec<Setting> {
-    vec![from_environment("accelerator", "BURGEON_ACCEL", "auto")]
+    let own = [from_environment("accelerator", "BURGEON_ACCEL", "auto")];
+    own.into_iter().chain(environment::shown(&environment::of_process, false)).collect()
 }
 
 /// What the control process is set by.
 pub(super) fn of_control(idle_exit: Option<TimeSpan>) -> Vec<Setting> {
-    vec![
+    let own = [
         from_environment("debian archive", "BURGEON_DEBIAN_ARCHIVE", "from this machine's apt"),
         from_environment("log", "BURGEON_LOG", "info"),
         Setting {
@@ -73,7 +74,9 @@ pub(super) fn of_control(idle_exit: Option<TimeSpan>) -> Vec<Setting> {
             value: idle_exit.map_or_else(|| "never".into(), |span| span.to_string()),
             set_by: idle_exit.map(|_| "--idle-exit".into()),
         },
-    ]
+    ];
+    let meta = environment::shown(&environment::of_process, true).pop();
+    own.into_iter().chain(meta).collect()
 }
 
 pub(super) async fn show(context: &Context) -> Result<u8> {

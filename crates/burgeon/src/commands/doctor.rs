@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use burgeon_api::{ByteSize, Result};
+use burgeon_api::{ByteSize, Error, ErrorKind, Result};
 use burgeon_host::layout::Layout;
 use burgeon_qemu::{
     facts::{self, Qemu, find_program},
@@ -10,7 +10,7 @@ use burgeon_qemu::{
 };
 use serde::Serialize;
 
-use super::Context;
+use super::{Context, environment};
 use crate::output;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -56,6 +56,7 @@ pub(super) async fn run(context: &Context) -> Result<u8> {
     findings.extend(programs());
     findings.push(kvm(&context.data, qemu.ok().as_ref()));
     findings.push(data_directory(&context.data));
+    findings.extend(elsewhere(&context.data).await);
     findings.push(space(&context.data));
     findings.push(memory());
     findings.push(cgroups());
@@ -143,6 +144,36 @@ fn data_directory(data: &Path) -> Finding {
             error.hint.unwrap_or_else(|| "give another directory: --data DIR".into()),
         ),
     }
+}
+
+/// What the settings say is elsewhere: whether it can be reached, and is not forgotten.
+async fn elsewhere(data: &Path) -> Vec<Finding> {
+    let failed = |check: &'static str, error: Error| {
+        Finding::missing(check, error.to_string(), error.hint.unwrap_or_else(|| "see burgeon config show".into()))
+    };
+    let given = match environment::elsewhere(&environment::of_process) {
+        Ok(given) => given,
+        Err(error) => return vec![failed("settings", error)],
+    };
+    let layout = Layout { data: std::path::absolute(data).unwrap_or_else(|_| data.into()) };
+    let work = tokio::task::spawn_blocking(move || {
+        let mut findings: Vec<Finding> = given
+            .check()
+            .into_iter()
+            .map(|(check, found, reached)| match reached {
+                Ok(()) => Finding::good(check, found),
+                Err(error) => failed(check, error),
+            })
+            .collect();
+        // Before the first server there is nothing to compare with.
+        if let Err(error) = given.settled(&layout.files())
+            && error.kind != ErrorKind::Unavailable
+        {
+            findings.push(failed("settings", error));
+        }
+        findings
+    });
+    work.await.unwrap_or_else(|error| vec![failed("settings", Error::internal(format!("look at them: {error}")))])
 }
 
 fn space(data: &Path) -> Finding {

@@ -5,10 +5,10 @@ use std::path::Path;
 use burgeon_api::{
     ByteSize, Error, Result,
     http::Progress,
-    remote::{ListRemote, Moved, PullImage, PushImage, Remote, RemoteImage, S3Access},
+    remote::{ListRemote, Moved, PullImage, PushImage, Remote, RemoteImage},
 };
 
-use super::{Context, vm::now_s};
+use super::{Context, environment, vm::now_s};
 use crate::{client::escape, output};
 
 pub(super) async fn push(context: &Context, image: &str, remote: &str) -> Result<u8> {
@@ -78,8 +78,7 @@ fn told(context: &Context, moved: &Moved, done: &str, took: std::time::Duration)
 /// started from another.
 fn address(remote: &str) -> Result<Remote> {
     if remote.starts_with("s3://") {
-        let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-        return Ok(Remote { url: remote.into(), s3: access(&variable)? });
+        return Ok(Remote { url: remote.into(), s3: environment::s3_access(&environment::of_process)? });
     }
     // Relative to where the user is, not to the server.
     let path = remote.strip_prefix("file://").unwrap_or(remote);
@@ -91,69 +90,9 @@ fn address(remote: &str) -> Result<Remote> {
     Ok(Remote { url: url.into(), s3: None })
 }
 
-/// What the environment says of S3; none without keys.
-fn access(variable: &dyn Fn(&str) -> Option<String>) -> Result<Option<S3Access>> {
-    let (Some(access_key), Some(secret_key)) = (variable("AWS_ACCESS_KEY_ID"), variable("AWS_SECRET_ACCESS_KEY"))
-    else {
-        return Ok(None);
-    };
-    if variable("AWS_SESSION_TOKEN").is_some() {
-        return Err(Error::invalid("keys with a session token (AWS_SESSION_TOKEN) are not known here")
-            .with_hint("use keys without one"));
-    }
-    let endpoint = variable("AWS_ENDPOINT_URL_S3").or_else(|| variable("AWS_ENDPOINT_URL"));
-    let certificate = variable("AWS_CA_BUNDLE")
-        .map(|file| std::fs::read_to_string(&file).map_err(|error| Error::io(format!("read {file}"), &error)))
-        .transpose()?;
-    let allowed = variable("AWS_ALLOW_HTTP").is_some_and(|value| value == "true" || value == "1");
-    let allow_http = allowed || endpoint.as_deref().is_some_and(is_this_machine);
-    let region = variable("AWS_REGION").or_else(|| variable("AWS_DEFAULT_REGION"));
-    let region = region.unwrap_or_else(|| "us-east-1".into());
-    Ok(Some(S3Access { endpoint, region, access_key, secret_key, allow_http, certificate }))
-}
-
-/// Whether an address without TLS never leaves this machine.
-fn is_this_machine(endpoint: &str) -> bool {
-    let Some(rest) = endpoint.strip_prefix("http://") else { return false };
-    let host = rest.split('/').next().unwrap_or_default();
-    let host = host.rsplit_once(':').filter(|(_, port)| port.bytes().all(|byte| byte.is_ascii_digit()));
-    let host = host.map_or(rest.split('/').next().unwrap_or_default(), |(host, _)| host);
-    matches!(host, "127.0.0.1" | "localhost" | "[::1]")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_environment_tells_how_s3_is_reached() {
-        let given = |pairs: &'static [(&'static str, &'static str)]| {
-            access(&|name| pairs.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_string()))
-        };
-        assert_eq!(given(&[("AWS_ACCESS_KEY_ID", "a")]).unwrap(), None);
-        let keys = given(&[("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b")]).unwrap().unwrap();
-        assert_eq!((keys.region.as_str(), keys.endpoint, keys.allow_http), ("us-east-1", None, false));
-        let other = given(&[
-            ("AWS_ACCESS_KEY_ID", "a"),
-            ("AWS_SECRET_ACCESS_KEY", "b"),
-            ("AWS_ENDPOINT_URL", "http://localhost:9000/"),
-            ("AWS_REGION", "r"),
-        ]);
-        let other = other.unwrap().unwrap();
-        assert!(other.allow_http && other.region == "r");
-        let token = given(&[("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b"), ("AWS_SESSION_TOKEN", "t")]);
-        assert!(token.unwrap_err().hint.is_some());
-        for (endpoint, ours) in [
-            ("http://127.0.0.1:1", true),
-            ("http://[::1]:1", true),
-            ("http://localhost", true),
-            ("http://localhost.example.org", false),
-            ("http://10.0.0.1:9000", false),
-            ("https://localhost", false),
-        ] {
-            assert_eq!(is_this_machine(endpoint), ours, "{endpoint}");
-        }
-    }
 
     #[test]
     fn directories_are_told_in_full() {

@@ -28,7 +28,7 @@ use tokio::{
     task::spawn_blocking,
 };
 
-use super::Context;
+use super::{Context, environment};
 use crate::{client::escape, output};
 
 /// Decoded nodes in memory.
@@ -50,14 +50,21 @@ struct Served {
 
 impl Served {
     fn read_pieces(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
-        for piece in self.map.lookup(&self.nodes, offset..offset + bytes.len() as u64)? {
+        let pieces = self.map.lookup(&self.nodes, offset..offset + bytes.len() as u64)?;
+        // Each of them once, and all together.
+        let mut ids: Vec<ChunkId> = pieces.iter().filter_map(|piece| piece.source.map(|(id, _)| id)).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        let chunks = self.store.get_all(&ids)?;
+        for piece in pieces {
             let position = |at: u64| usize::try_from(at - offset).unwrap_or(0);
             let target = &mut bytes[position(piece.range.start)..position(piece.range.end)];
             let Some((id, within)) = piece.source else {
                 target.fill(0);
                 continue;
             };
-            let chunk = self.store.get(id)?;
+            let chunk = ids.binary_search(&id).map(|index| &chunks[index]);
+            let chunk = chunk.map_err(|_| Error::internal("a chunk that was fetched is missing"))?;
             let within = usize::try_from(within).unwrap_or(usize::MAX);
             let part = chunk.get(within..within.saturating_add(target.len()));
             let part = part.ok_or_else(|| Error::damaged(format!("{id:?} is shorter than the map says")))?;
@@ -144,11 +151,12 @@ pub(super) async fn serve(context: &Context, name: &str, socket: &Path) -> Resul
         });
     };
     let map: ChunkId = map.parse()?;
-    let directory = client.layout.store();
+    let files = client.layout.files();
+    let elsewhere = environment::elsewhere(&environment::of_process)?;
     let path = socket.clone();
     let hold_name = format!("{name}/{}", VmId::generate());
     let (hold, server, size) = blocking(move || {
-        let store = ChunkStore::open(&directory, burgeon_host::store_source())?;
+        let store = ChunkStore::open(elsewhere.settled(&files)?, burgeon_host::store_source())?;
         let hold = Hold::share(&store, Purpose::Served, hold_name, map)?;
         let map = Map::open(&*store, map)?;
         let nodes = MapReader::new(store.clone(), NODES);

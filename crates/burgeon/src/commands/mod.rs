@@ -5,6 +5,7 @@ mod config;
 mod copy;
 mod disk;
 mod doctor;
+mod environment;
 mod exec;
 mod image;
 mod image_remote;

@@ -4,6 +4,7 @@ use std::{path::Path, process::Stdio, time::Duration};
 
 use burgeon_api::{Error, Result};
 use burgeon_host::layout::{Layout, Lock};
+use burgeon_store::places::Elsewhere;
 use tokio::{
     process::{Child, Command},
     signal::unix::{SignalKind, signal},
@@ -11,7 +12,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Context, config};
+use super::{Context, config, environment};
 use crate::arguments::ServeArguments;
 
 /// The guest agent, built with this program.
@@ -50,6 +51,8 @@ pub(super) async fn host(context: &Context) -> Result<u8> {
         wish,
         agent: AGENT,
         build: version(),
+        // Whatever this process was told: it has no use for meta.
+        elsewhere: Elsewhere { meta: None, ..environment::elsewhere(&environment::of_process)? },
         settings: config::of_host(),
     };
     let token = asked_to_end()?;
@@ -66,6 +69,7 @@ pub(super) async fn control(context: &Context, arguments: ServeArguments) -> Res
         data: context.data.clone(),
         version: version(),
         idle_exit: arguments.idle_exit.map(|span| span.0),
+        elsewhere: environment::elsewhere(&environment::of_process)?,
         settings: config::of_control(arguments.idle_exit),
     };
     burgeon_control::run(options, asked_to_end()?).await.map(|()| 0)
@@ -79,6 +83,10 @@ pub(super) async fn serve(context: &Context, arguments: ServeArguments) -> Resul
     // What is missing is said at once, not by a process that dies over and over.
     burgeon_qemu::facts::Qemu::find().await?;
     tracing::debug!(?wish, "the accelerator's setting is sound");
+    let elsewhere = environment::elsewhere(&environment::of_process)?;
+    let of_layout = layout.clone();
+    let checked = tokio::task::spawn_blocking(move || burgeon_control::check_places(&of_layout, &elsewhere)).await;
+    checked.map_err(|error| Error::internal(format!("look for meta and the store: {error}")))??;
     if arguments.idle_exit.is_some()
         && let Err(error) = rustix::process::setsid()
     {
@@ -114,14 +122,14 @@ async fn keep_up(data: &Path, kind: &'static str, words: Vec<String>, token: Can
             }
         }
         let begun = Instant::now();
-        let mut child = Command::new(&program)
-            .arg("--data")
-            .arg(data)
-            .arg(kind)
-            .args(&words)
-            .stdin(Stdio::null())
-            .spawn()
-            .map_err(|error| Error::io(format!("start burgeon {kind}"), &error))?;
+        let mut command = Command::new(&program);
+        command.arg("--data").arg(data).arg(kind).args(&words).stdin(Stdio::null());
+        if kind == "host" {
+            for name in environment::of_meta() {
+                command.env_remove(name);
+            }
+        }
+        let mut child = command.spawn().map_err(|error| Error::io(format!("start burgeon {kind}"), &error))?;
         let status = tokio::select! {
             status = child.wait() => status.map_err(|error| Error::io(format!("wait for burgeon {kind}"), &error))?,
             () = token.cancelled() => return end(&mut child, kind).await,

@@ -1,15 +1,16 @@
 //! The store: what is in it, and whether it is sound.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use burgeon_api::{
     ByteSize, Error, Result,
     http::{Progress, ScrubStore},
     store::{Checked, Collected, Problem, StoreView},
 };
+use burgeon_store::places::Elsewhere;
 use serde_json::json;
 
-use super::Context;
+use super::{Context, environment};
 use crate::{arguments::StoreCommand, client::Lines, output, progress::BuildProgress};
 
 pub(super) async fn run(context: &Context, command: StoreCommand) -> Result<u8> {
@@ -24,6 +25,7 @@ pub(super) async fn run(context: &Context, command: StoreCommand) -> Result<u8> 
             let lines = context.client()?.lines("/v1/store/scrub", Some(&ScrubStore { rate, repair })).await?;
             checked(context, lines).await
         }
+        StoreCommand::Move => relocate(context).await,
         StoreCommand::Fsck { rebuild: true } => rebuild(context).await,
         StoreCommand::Fsck { rebuild: false } => {
             let lines = context.client()?.lines("/v1/store/fsck", Some(&json!({}))).await?;
@@ -149,20 +151,30 @@ fn collect(context: &Context, collected: &Collected, took: Duration) -> Result<u
 }
 
 /// Done here, and not by a server: a server has the catalog open, or cannot start without it.
-async fn rebuild(context: &Context) -> Result<u8> {
+async fn without_server<T: Send + 'static>(
+    context: &Context,
+    work: impl FnOnce(&Path, &Elsewhere, &(dyn Fn(Progress) + Sync)) -> Result<T> + Send + 'static,
+) -> Result<(T, Duration)> {
     let (steps, mut told) = tokio::sync::mpsc::channel(256);
     let data = context.data.clone();
+    let elsewhere = environment::elsewhere(&environment::of_process)?;
     let work = tokio::task::spawn_blocking(move || {
-        // A bar that is slow loses steps; and who ends this command ends the process, with the old catalog in its place.
-        let tell = |step| drop(steps.try_send(step));
-        burgeon_control::rebuild(&data, &tell, &|| false)
+        // A bar that is slow loses steps; and who ends this command ends the process, at whatever step it is.
+        work(&data, &elsewhere, &|step| drop(steps.try_send(step)))
     });
     let mut progress = BuildProgress::new();
     while let Some(step) = told.recv().await {
         progress.show(&step);
     }
     let took = progress.finish();
-    let rebuilt = work.await.map_err(|error| Error::internal(format!("rebuild the catalog: {error}")))??;
+    let done = work.await.map_err(|error| Error::internal(format!("work on the store: {error}")))??;
+    Ok((done, took))
+}
+
+async fn rebuild(context: &Context) -> Result<u8> {
+    let (rebuilt, took) =
+        without_server(context, |data, elsewhere, tell| burgeon_control::rebuild(data, elsewhere, tell, &|| false))
+            .await?;
     if context.json {
         output::json(&rebuilt)?;
     } else {
@@ -183,6 +195,27 @@ async fn rebuild(context: &Context) -> Result<u8> {
         );
     }
     Ok(u8::from(!rebuilt.problems.is_empty()))
+}
+
+async fn relocate(context: &Context) -> Result<u8> {
+    let (moved, took) =
+        without_server(context, |data, elsewhere, tell| burgeon_control::relocate(data, elsewhere, tell, &|| false))
+            .await?;
+    if context.json {
+        output::json(&moved)?;
+    } else {
+        output::note(&format!(
+            "{} packs, {}, and {} rows ({:.1} s)",
+            moved.packs,
+            ByteSize(moved.pack_bytes),
+            moved.rows,
+            took.as_secs_f64()
+        ));
+        output::note(
+            "start servers with the same settings from now on; databases that lay here are kept as *.db.moved",
+        );
+    }
+    Ok(0)
 }
 
 async fn stat(context: &Context) -> Result<u8> {

@@ -16,6 +16,8 @@ const DEADLINE: Duration = Duration::from_secs(240);
 
 pub(crate) struct Lab {
     directory: tempfile::TempDir,
+    /// What commands, and the servers that they start, get in their environment.
+    pub(crate) environment: Vec<(String, String)>,
 }
 
 /// What a command did.
@@ -45,7 +47,7 @@ impl Lab {
     /// A lab with these images, which are built once for all tests.
     pub(crate) fn new(images: &[&str]) -> Lab {
         let directory = tempfile::Builder::new().prefix("bg").tempdir_in("/tmp").unwrap();
-        let lab = Lab { directory };
+        let lab = Lab { directory, environment: Vec::new() };
         fs::create_dir_all(lab.data().join("images")).unwrap();
         fs::write(lab.data().join("burgeon-data"), "1\n").unwrap();
         for image in images {
@@ -88,6 +90,7 @@ impl Lab {
         command.arg("--data").arg(data).args(words).current_dir(self.directory.path());
         command.env_remove("BURGEON_DATA").env("BURGEON_ACCEL", accelerator()).env("NO_COLOR", "1");
         command.env(DIE_AT, self.path("die-at"));
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }

@@ -9,11 +9,17 @@ mod commits;
 mod deaths;
 mod disks;
 mod documents;
+mod elsewhere;
 mod full_disk;
 mod image_travels;
 mod images;
 mod kills;
 mod lab;
 mod pipelines;
+#[allow(dead_code, reason = "it is shared with the tests of burgeon-store")]
+#[path = "../../../store/tests/it/sql/server.rs"]
+mod postgres;
+#[path = "../../../store/tests/it/s3_server.rs"]
+mod s3_server;
 mod substrates;
 mod vms;

@@ -10,6 +10,7 @@ use burgeon_api::{
     vm::VmView,
 };
 use burgeon_control::Options;
+use burgeon_store::places::Elsewhere;
 use http_body_util::{BodyExt, Full};
 use hyper::{Request, body::Bytes, client::conn::http1};
 use hyper_util::rt::TokioIo;
@@ -71,7 +72,13 @@ impl Desk {
 
     pub(crate) async fn serve(&mut self) {
         self.shutdown = CancellationToken::new();
-        let options = Options { data: self.data(), version: "test".into(), idle_exit: None, settings: Vec::new() };
+        let options = Options {
+            data: self.data(),
+            version: "test".into(),
+            idle_exit: None,
+            elsewhere: Elsewhere::default(),
+            settings: Vec::new(),
+        };
         self.serving = Some(tokio::spawn(burgeon_control::run(options, self.shutdown.clone())));
         let socket = self.data().join("control.sock");
         let up = async {

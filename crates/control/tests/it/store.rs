@@ -21,6 +21,7 @@ use burgeon_store::{
     chunk_store::{ChunkStore, Source, Writer, ingest},
     cut::Cutter,
     disk::{Disk, Nothing, Stack},
+    places::Elsewhere,
 };
 use serde_json::json;
 
@@ -175,7 +176,8 @@ async fn a_lost_catalog_is_made_anew_while_no_server_runs() {
     let mut desk = Desk::open().await;
     tokio::task::block_in_place(|| image(&desk, "disk", &picture()));
     let data = desk.data();
-    let rebuild = || tokio::task::block_in_place(|| burgeon_control::rebuild(&data, &|_| (), &|| false));
+    let rebuild =
+        || tokio::task::block_in_place(|| burgeon_control::rebuild(&data, &Elsewhere::default(), &|_| (), &|| false));
     let served = rebuild().unwrap_err();
     assert!(served.kind == ErrorKind::Conflict && served.hint.unwrap().contains("stop the server"));
     desk.leave().await;

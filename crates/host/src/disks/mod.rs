@@ -19,7 +19,7 @@ use std::{
 };
 
 pub(crate) use attached::Attached;
-use burgeon_api::{Error, Result, VmId, disk::ROOT, host::Launch, store::Problem};
+use burgeon_api::{Error, ErrorKind, Result, VmId, disk::ROOT, host::Launch, store::Problem};
 use burgeon_qemu::{
     command::{file, socket_name},
     nbd::{Export, Owner, Server},
@@ -29,6 +29,7 @@ use burgeon_store::{
     catalog::NewRoot,
     chunk_store::{ChunkStore, Source, read_cache},
     disk::{Base, Disk, ImageBase, Nothing, Stack},
+    places::Elsewhere,
 };
 pub(crate) use handover::Sealed;
 use late::Late;
@@ -114,6 +115,8 @@ struct Served {
 /// See the module.
 pub(crate) struct Disks {
     layout: Layout,
+    /// What of the store is not in the data directory.
+    elsewhere: Elsewhere,
     /// Opened with the first disk that needs it.
     store: OnceLock<Arc<ChunkStore>>,
     bases: Mutex<HashMap<ChunkId, Weak<ImageBase>>>,
@@ -152,10 +155,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Disks {
-    pub(crate) fn start(layout: Layout) -> Result<Arc<Disks>> {
+    pub(crate) fn start(layout: Layout, elsewhere: Elsewhere) -> Result<Arc<Disks>> {
         let (to_store, keys) = mpsc::channel();
         let disks = Arc::new(Disks {
             layout,
+            elsewhere,
             store: OnceLock::new(),
             bases: Mutex::default(),
             open: Mutex::default(),
@@ -173,7 +177,7 @@ impl Disks {
         if let Some(store) = self.store.get() {
             return Ok(store);
         }
-        let store = ChunkStore::open(&self.layout.store(), store_source())?;
+        let store = ChunkStore::open(self.elsewhere.settled(&self.layout.files())?, store_source())?;
         Ok(self.store.get_or_init(|| store))
     }
 
@@ -273,9 +277,11 @@ impl Disks {
         let size = prepare::disk_size(launch).bytes();
         match &launch.source {
             None => self.create_above(&key, size, Some(root)).map_err(|error| {
-                error
-                    .context(format!("use the disk of image {}", launch.image.name))
-                    .with_hint("build or import the image again")
+                let error = error.context(format!("use the disk of image {}", launch.image.name));
+                match error.kind {
+                    ErrorKind::Unavailable | ErrorKind::Deadline => error,
+                    _ => error.with_hint("build or import the image again"),
+                }
             }),
             Some(source) => {
                 let from = self.disk(&root_disk(source.vm))?;

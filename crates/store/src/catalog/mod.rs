@@ -17,6 +17,7 @@
 mod blocking;
 mod collect;
 mod fence;
+mod identity;
 mod roots;
 mod schema;
 

@@ -7,6 +7,7 @@ pub(super) static CATALOG: Component = Component {
     migrations: &MIGRATIONS,
     user_version: false,
     lock: i64::from_be_bytes(*b"\0catalog"),
+    exclusive: false,
     // Chunks come in the order of their hashes, so that every group of them touches pages all over the table. A large
     // cache and a long log write such a page to the file once for many groups.
     cache_kib: 64 << 10,
@@ -15,7 +16,7 @@ pub(super) static CATALOG: Component = Component {
 };
 
 /// One entry per version; entry n brings version n to n + 1. In SQLite's words, translated for PostgreSQL by `sql`.
-const MIGRATIONS: [&str; 2] = [
+const MIGRATIONS: [&str; 3] = [
     "
     CREATE TABLE pack (
         id BLOB PRIMARY KEY,
@@ -51,6 +52,12 @@ const MIGRATIONS: [&str; 2] = [
     INSERT INTO counter VALUES ('removals', 0);
     CREATE TABLE gone (
         id BLOB PRIMARY KEY
+    ) STRICT, WITHOUT ROWID;
+",
+    "
+    CREATE TABLE store_identity (
+        name TEXT PRIMARY KEY,
+        value TEXT NOT NULL
     ) STRICT, WITHOUT ROWID;
 ",
 ];

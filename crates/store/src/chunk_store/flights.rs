@@ -22,17 +22,23 @@ pub(super) struct Flights {
     under_way: Mutex<HashMap<ChunkId, Arc<Flight>>>,
 }
 
-/// Lands the flight whatever happens to the one who flies it, so that nobody waits for ever.
-struct Pilot<'a> {
+/// Who reads, and lands the flight whatever happens, so that nobody waits for ever.
+pub(super) struct Pilot<'a> {
     flights: &'a Flights,
     id: ChunkId,
     flight: Arc<Flight>,
 }
 
 impl Pilot<'_> {
-    fn land(&self, outcome: Result<Bytes>) {
+    /// The first outcome counts.
+    pub(super) fn land(&self, outcome: Result<Bytes>) {
+        let mut landed = lock(&self.flight.outcome);
+        if landed.is_some() {
+            return;
+        }
+        *landed = Some(outcome);
+        drop(landed);
         lock(&self.flights.under_way).remove(&self.id);
-        lock(&self.flight.outcome).get_or_insert(outcome);
         self.flight.landed.notify_all();
     }
 }
@@ -43,27 +49,49 @@ impl Drop for Pilot<'_> {
     }
 }
 
+/// Somebody else's flight.
+pub(super) struct Ticket(Arc<Flight>);
+
+impl Ticket {
+    pub(super) fn wait(&self) -> Result<Bytes> {
+        let mut outcome = lock(&self.0.outcome);
+        loop {
+            if let Some(outcome) = &*outcome {
+                return outcome.clone();
+            }
+            outcome = self.0.landed.wait(outcome).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// To read, or to wait for who reads. Who has several reads first, and lands them all, before waiting for others: else
+/// two could wait for each other.
+pub(super) enum Boarded<'a> {
+    Reads(Pilot<'a>),
+    Waits(Ticket),
+}
+
 impl Flights {
-    /// Runs `read`, or waits for the one who does.
-    pub(super) fn share(&self, id: ChunkId, read: impl FnOnce() -> Result<Bytes>) -> Result<Bytes> {
+    pub(super) fn board(&self, id: ChunkId) -> Boarded<'_> {
         let mut under_way = lock(&self.under_way);
         if let Some(flight) = under_way.get(&id).cloned() {
-            drop(under_way);
-            let mut outcome = lock(&flight.outcome);
-            loop {
-                if let Some(outcome) = &*outcome {
-                    return outcome.clone();
-                }
-                outcome = flight.landed.wait(outcome).unwrap_or_else(PoisonError::into_inner);
-            }
+            return Boarded::Waits(Ticket(flight));
         }
         let flight = Arc::new(Flight::default());
         under_way.insert(id, flight.clone());
-        drop(under_way);
-        let pilot = Pilot { flights: self, id, flight };
-        let outcome = read();
-        pilot.land(outcome.clone());
-        outcome
+        Boarded::Reads(Pilot { flights: self, id, flight })
+    }
+
+    /// Runs `read`, or waits for the one who does.
+    pub(super) fn share(&self, id: ChunkId, read: impl FnOnce() -> Result<Bytes>) -> Result<Bytes> {
+        match self.board(id) {
+            Boarded::Waits(ticket) => ticket.wait(),
+            Boarded::Reads(pilot) => {
+                let outcome = read();
+                pilot.land(outcome.clone());
+                outcome
+            }
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use super::{
     ChunkStore, Watch,
     collect::{PAGE, problem_at},
-    object_name,
+    is_away, object_name,
 };
 use crate::{
     ChunkId, PackId,
@@ -47,7 +47,7 @@ fn roots(store: &ChunkStore, checked: &mut Checked, watch: &mut Watch<'_>) -> Re
         let what = match map_problem(store, root, &mut seen, &mut new, watch) {
             Ok(None) => None,
             Ok(Some(missing)) => Some(missing),
-            Err(error) if error.kind == ErrorKind::Cancelled => return Err(error),
+            Err(error) if error.kind == ErrorKind::Cancelled || is_away(&error) => return Err(error),
             Err(error) => Some(error.message),
         };
         checked.roots += 1;
@@ -118,6 +118,7 @@ fn packs(store: &ChunkStore, checked: &mut Checked, watch: &mut Watch<'_>) -> Re
         let what = match store.objects.length(&object_name(*pack)) {
             Ok(found) if found == *length => continue,
             Ok(found) => format!("it has {found} bytes, and {length} by the catalog"),
+            Err(error) if is_away(&error) => return Err(error),
             Err(error) => error.message,
         };
         // One in which nothing is used, as a repair leaves it, goes with a collection.

@@ -7,25 +7,27 @@ mod cache;
 mod collect;
 mod flights;
 mod fsck;
+mod identity;
 mod ingest;
 pub mod read_cache;
 mod rebuild;
 mod records;
 mod repack;
 mod scrub;
+#[cfg(feature = "s3")]
+mod together;
 mod writer;
 
-use std::{
-    path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use burgeon_api::{Error, ErrorKind, Result};
 use bytes::Bytes;
 
 pub use collect::{GRACE_US, collect};
 pub use fsck::fsck;
+pub(crate) use identity::adopt;
 pub use ingest::{Ingested, MapBytes, ingest};
+pub(crate) use rebuild::settle as settle_file;
 pub use rebuild::{NamedRoot, rebuild};
 pub use scrub::scrub;
 pub use writer::{Writer, Written};
@@ -35,8 +37,9 @@ use crate::{
     ChunkId, PackId, Place,
     catalog::Catalog,
     map::{Map, Nodes},
-    objects::{Directory, OpenObject},
+    objects::{Blocking, OpenObject},
     pack::{self, RECORD_HEADER_BYTES},
+    places::Places,
 };
 
 /// Plain bytes of chunks in memory.
@@ -60,15 +63,12 @@ pub type Watch<'a> = dyn FnMut(&'static str, u64, u64) -> Result<()> + 'a;
 /// See the module.
 pub struct ChunkStore {
     catalog: Catalog,
-    objects: Directory,
+    objects: Blocking,
     pub(crate) source: Source,
     cache: Mutex<Cache<ChunkId, Bytes>>,
     packs: Mutex<Cache<PackId, Arc<OpenObject>>>,
     flights: Flights,
 }
-
-/// The catalog's file in a store's directory.
-const CATALOG: &str = "catalog.db";
 
 /// The name of a pack's object. Two digits spread the packs over folders.
 pub(crate) fn object_name(pack: PackId) -> String {
@@ -76,19 +76,27 @@ pub(crate) fn object_name(pack: PackId) -> String {
 }
 
 impl ChunkStore {
-    /// Opens or creates the store in a directory: its catalog and its packs.
+    /// Opens or creates a store: its packs and its catalog, in a directory or where [`Places`] says.
     ///
     /// # Errors
-    /// As [`Catalog::open`] and [`Directory::open`]; `Damaged` where there are packs and no catalog.
-    pub fn open(directory: &Path, source: Source) -> Result<Arc<ChunkStore>> {
-        let objects = Directory::open(directory)?;
-        Self::check_catalog(directory, &objects)?;
-        let catalog = Catalog::open(directory.join(CATALOG).as_path()).map_err(|error| match error.kind {
+    /// As [`Catalog::open`]; those of the place of the packs: `Refused` for wrong keys, `NotFound` without the bucket,
+    /// `Unavailable` without the server. `Damaged` where there are packs and no catalog; `Refused` where packs and catalog
+    /// are those of two stores.
+    pub fn open(places: impl Into<Places>, source: Source) -> Result<Arc<ChunkStore>> {
+        let places = places.into();
+        let objects = places.open_objects()?;
+        let marked = identity::marker(&objects)?;
+        identity::check_file(&places, &objects)?;
+        let catalog = Catalog::open(places.catalog_address()).map_err(|error| match error.kind {
             ErrorKind::Damaged => error.with_hint(
                 "stop the server, and run burgeon store fsck --rebuild, which makes a new catalog of the packs",
             ),
             _ => error,
         })?;
+        if let (Some(owner), None) = (&places.owner, places.catalog_file()) {
+            catalog.blocking_claim_owner(owner)?;
+        }
+        identity::settle(&places, &objects, &catalog, marked, &source)?;
         Ok(Arc::new(ChunkStore {
             catalog,
             objects,
@@ -125,6 +133,43 @@ impl ChunkStore {
         })
     }
 
+    /// Chunks that are needed at once, through the cache. What is far away is asked for together.
+    ///
+    /// # Errors
+    /// As [`Self::get`], for the first one that cannot be had.
+    pub fn get_all(&self, ids: &[ChunkId]) -> Result<Vec<Bytes>> {
+        #[cfg(feature = "s3")]
+        if let Blocking::Bucket(bucket) = &self.objects {
+            return self.together(bucket, ids);
+        }
+        ids.iter().map(|id| self.get(*id)).collect()
+    }
+
+    /// A random number, for waits that are not to end together.
+    pub(crate) fn random(&self) -> u8 {
+        (self.source.uuid)()[15]
+    }
+
+    /// How often a bucket was asked for something since the store was opened; a directory is not counted.
+    #[must_use]
+    pub fn requests(&self) -> u64 {
+        #[cfg(feature = "s3")]
+        if let Blocking::Bucket(bucket) = &self.objects {
+            return bucket.requests();
+        }
+        0
+    }
+
+    /// How many reads are worth being under way at the same time.
+    #[must_use]
+    pub fn lanes(&self) -> usize {
+        #[cfg(feature = "s3")]
+        if let Blocking::Bucket(_) = &self.objects {
+            return crate::objects::AT_ONCE;
+        }
+        1
+    }
+
     /// Several chunks: looked up together, and read in the order in which they lie. They do not go through the cache:
     /// for those who read much, once.
     ///
@@ -138,6 +183,15 @@ impl ChunkStore {
         }
         order.sort_unstable_by_key(|(place, _)| (place.pack, place.offset));
         let mut found = vec![Vec::new(); ids.len()];
+        #[cfg(feature = "s3")]
+        if let Blocking::Bucket(bucket) = &self.objects {
+            let wanted: Vec<_> = order.iter().map(|(place, index)| (*place, ids[*index])).collect();
+            self.records(bucket, &wanted, &mut |number, record| {
+                found[order[number].1] = record?;
+                Ok(())
+            })?;
+            return Ok(found);
+        }
         for (place, index) in order {
             found[index] = self.read_or_look_again(ids[index], place)?;
         }
@@ -176,37 +230,49 @@ impl ChunkStore {
         lock(&self.cache).get(&id)
     }
 
-    /// Reads a record. Where that fails, a collection may have moved the chunk since its place was looked up, and the
-    /// pack may be gone: then it has another place, and that one is read.
     fn read_or_look_again(&self, id: ChunkId, place: Place) -> Result<Vec<u8>> {
-        self.read(id, place).or_else(|error| {
-            let again = self.catalog.blocking_places(vec![id])?.first().copied().flatten();
-            match again {
-                Some(again) if again != place => self.read(id, again),
-                Some(_) if error.kind == ErrorKind::NotFound => {
-                    Err(Error::damaged(format!("{id:?} is lost with its pack: {}", error.message))
-                        .with_hint("burgeon store fsck tells what misses it"))
-                }
-                _ => Err(error),
+        self.read(id, place).or_else(|error| self.elsewhere(id, place, error))
+    }
+
+    /// Where a record could not be read, a collection may have moved the chunk since its place was looked up, and the pack
+    /// may be gone: then it has another place, and that one is read.
+    fn elsewhere(&self, id: ChunkId, place: Place, error: Error) -> Result<Vec<u8>> {
+        if is_away(&error) {
+            return Err(error);
+        }
+        match self.catalog.blocking_places(vec![id])?.first().copied().flatten() {
+            Some(again) if again != place => self.read(id, again),
+            Some(_) if error.kind == ErrorKind::NotFound => {
+                Err(Error::damaged(format!("{id:?} is lost with its pack: {}", error.message))
+                    .with_hint("burgeon store fsck tells what misses it"))
             }
-        })
+            _ => Err(error),
+        }
     }
 
     /// Reads a record and verifies it.
     fn read(&self, id: ChunkId, place: Place) -> Result<Vec<u8>> {
-        let object = self.open_pack(place.pack)?;
         let length = RECORD_HEADER_BYTES + usize::try_from(place.stored).unwrap_or(0);
-        let mut bytes = vec![0; length];
+        let read = || {
+            #[cfg(feature = "s3")]
+            if let Blocking::Bucket(bucket) = &self.objects {
+                return self.read_ahead(bucket, id, place);
+            }
+            let mut bytes = vec![0; length];
+            self.open_pack(place.pack)?.read_at(place.offset, &mut bytes)?;
+            pack::read_record(&bytes, id).map(|record| record.plain)
+        };
+        read().map_err(|error| self.at_place(place, error))
+    }
+
+    /// Tells where a record lies that could not be read.
+    fn at_place(&self, place: Place, error: Error) -> Error {
         let name = object_name(place.pack);
-        object
-            .read_at(place.offset, &mut bytes)
-            .and_then(|()| pack::read_record(&bytes, id))
-            .map(|record| record.plain)
-            .map_err(|error| {
-                error
-                    .context(format!("{} at byte {}", self.objects.describe(&name), place.offset))
-                    .with_hint("find all damage with burgeon store scrub; the guide says how to replace it")
-            })
+        let error = error.context(format!("{} at byte {}", self.objects.describe(&name), place.offset));
+        if is_away(&error) {
+            return error;
+        }
+        error.with_hint("find all damage with burgeon store scrub; the guide says how to replace it")
     }
 
     fn open_pack(&self, pack: PackId) -> Result<Arc<OpenObject>> {
@@ -223,10 +289,10 @@ impl ChunkStore {
         lock(&self.packs).remove(&pack);
     }
 
-    /// The directory of this machine that a path inside the store stands for.
-    #[must_use]
-    pub fn describe(&self, pack: PackId) -> PathBuf {
-        PathBuf::from(self.objects.describe(&object_name(pack)))
+    /// The file of a pack in a directory.
+    #[cfg(test)]
+    pub(crate) fn describe(&self, pack: PackId) -> std::path::PathBuf {
+        self.objects.describe(&object_name(pack)).into()
     }
 }
 
@@ -234,6 +300,11 @@ impl Nodes for ChunkStore {
     fn get(&self, id: ChunkId) -> Result<Bytes> {
         self.get(id)
     }
+}
+
+/// Whether a place cannot be reached at the moment, which tells nothing of what is there.
+pub(crate) fn is_away(error: &Error) -> bool {
+    matches!(error.kind, ErrorKind::Unavailable | ErrorKind::Deadline)
 }
 
 /// Bytes of a chunk that a map says are in it.

@@ -7,7 +7,7 @@
 //!
 //! The order of the last steps matters. SQLite would put a write-ahead log that it finds beside a file into that file,
 //! so the old log moves away before the new file comes; and a store whose catalog is missing is refused as long as it
-//! has packs ([`ChunkStore::open`]), because with an empty catalog, a collection would take all packs for left-overs. So
+//! has packs ([`super::ChunkStore::open`]), because with an empty catalog, a collection would take all packs for left-overs. So
 //! a kill between two of the steps leaves a store that is refused, until the catalog is rebuilt once more.
 
 use std::{
@@ -23,12 +23,13 @@ use burgeon_api::{
     store::{Problem, Rebuilt},
 };
 
-use super::{CATALOG, ChunkStore, Source, Watch, object_name, scrub::index};
+use super::{Source, Watch, identity, is_away, object_name, scrub::index};
 use crate::{
-    ChunkId, PackId,
+    ChunkId, PackId, StoreId,
     catalog::{Catalog, Entry, NewRoot},
-    objects::{Directory, OpenObject},
+    objects::{Blocking, OpenObject},
     pack,
+    places::Places,
 };
 
 /// Chunks in one request to the catalog.
@@ -45,33 +46,70 @@ pub struct NamedRoot {
     pub map: ChunkId,
 }
 
-/// Makes a new catalog of the packs in a store's directory, with these roots. See the module.
+/// Makes a new catalog of the packs of a store, with these roots. See the module.
 ///
 /// # Errors
-/// Those of the file system, of the new catalog and of `watch`: then the old catalog is where it was. What cannot be
-/// read is in the answer.
-pub fn rebuild(directory: &Path, source: &Source, roots: &[NamedRoot], watch: &mut Watch<'_>) -> Result<Rebuilt> {
-    let objects = Directory::open(directory)?;
-    let new = directory.join(format!("{CATALOG}.rebuilding"));
+/// `Refused` for a catalog of another store, which stays as it is. Those of the places, of the new catalog and of
+/// `watch`: then an old catalog in a file is where it was, and one on a server is refused until it is made anew. What
+/// cannot be read is in the answer.
+pub fn rebuild(
+    places: impl Into<Places>,
+    source: &Source,
+    roots: &[NamedRoot],
+    watch: &mut Watch<'_>,
+) -> Result<Rebuilt> {
+    let places = places.into();
+    let objects = places.open_objects()?;
+    let marked = identity::marker(&objects)?;
+    let mut rebuilt = Rebuilt::default();
+    let mut fill = |catalog: &Catalog| {
+        add_packs(catalog, &objects, source, &mut rebuilt, watch)?;
+        set_roots(catalog, roots, source, &mut rebuilt, watch)?;
+        // From here on it is the catalog of these packs, and not before.
+        let store = catalog.blocking_set_store(marked.unwrap_or_else(|| StoreId((source.uuid)())))?;
+        identity::set_marker(&objects, store)?;
+        watch("replace", 0, 0)
+    };
+    let Some(file) = places.catalog_file() else {
+        let catalog = on_server(&places, &objects, marked)?;
+        fill(&catalog)?;
+        return Ok(rebuilt);
+    };
+    let new = beside(&file, ".rebuilding");
     for left in [new.clone(), beside(&new, "-wal"), beside(&new, "-shm"), beside(&new, "-journal")] {
         remove(&left)?;
     }
-    let mut rebuilt = Rebuilt::default();
-    {
-        let catalog = Catalog::open(&new)?;
-        add_packs(&catalog, &objects, source, &mut rebuilt, watch)?;
-        set_roots(&catalog, roots, source, &mut rebuilt, watch)?;
-    }
+    fill(&Catalog::open(&new)?)?;
     settle(&new)?;
-    watch("replace", 0, 0)?;
-    replace(directory, &new)?;
+    replace(&file, &new)?;
     // What roots lead to beyond their first chunk is for a check of the whole to tell.
     Ok(rebuilt)
 }
 
+/// The catalog on a server, empty. A kill from here on leaves one that is of no store, and is refused where there are
+/// packs.
+fn on_server(places: &Places, objects: &Blocking, marked: Option<StoreId>) -> Result<Catalog> {
+    let catalog = Catalog::open(places.catalog_address())?;
+    if let Some(owner) = &places.owner {
+        catalog.blocking_claim_owner(owner)?;
+    }
+    if let (Some(of_catalog), true) = (catalog.blocking_store()?, marked.is_some())
+        && Some(of_catalog) != marked
+    {
+        return Err(Error::refused(format!(
+            "{} is the catalog of {of_catalog:?}, and not of the packs in {}",
+            places.catalog_address(),
+            objects.describe("")
+        ))
+        .with_hint("correct the address of the objects or of the database; nothing was changed"));
+    }
+    catalog.blocking_clear()?;
+    Ok(catalog)
+}
+
 fn add_packs(
     catalog: &Catalog,
-    objects: &Directory,
+    objects: &Blocking,
     source: &Source,
     rebuilt: &mut Rebuilt,
     watch: &mut Watch<'_>,
@@ -108,11 +146,12 @@ fn add_packs(
 }
 
 /// The chunks of a pack, by its index; by its records where the index is lost, and then why.
-fn entries_of(objects: &Directory, id: PackId, name: &str) -> Result<(u64, Vec<Entry>, Option<Error>)> {
+fn entries_of(objects: &Blocking, id: PackId, name: &str) -> Result<(u64, Vec<Entry>, Option<Error>)> {
     let object = objects.open_object(name)?;
     let length = object.length();
     let known = match index(&object, id, length) {
         Ok(known) => (known, None),
+        Err(error) if is_away(&error) => return Err(error),
         Err(error) => {
             let salvage = pack::scan(id, InOrder { object: &object, at: 0 })?;
             let why = salvage.stopped.map_or_else(|| error.message.clone(), |stopped| stopped.message);
@@ -181,8 +220,8 @@ fn remove(file: &Path) -> Result<()> {
     }
 }
 
-/// Brings all of a new database into its one file, once its threads have let go of it, and that to the disk.
-fn settle(file: &Path) -> Result<()> {
+/// Brings all of a database into its one file, once its threads have let go of it, and that to the disk.
+pub(crate) fn settle(file: &Path) -> Result<()> {
     let failed = |error: rusqlite::Error| Error::internal(format!("finish {}: {error}", file.display()));
     let connection = rusqlite::Connection::open(file).map_err(failed)?;
     for _ in 0..TRIES {
@@ -202,9 +241,8 @@ fn settle(file: &Path) -> Result<()> {
     Err(Error::internal(format!("{} stays in use", file.display())))
 }
 
-fn replace(directory: &Path, new: &Path) -> Result<()> {
-    let file = directory.join(CATALOG);
-    let kept = directory.join(format!("{CATALOG}.replaced"));
+fn replace(file: &Path, new: &Path) -> Result<()> {
+    let kept = beside(file, ".replaced");
     let rename = |from: &Path, to: &Path| match fs::rename(from, to) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(Error::io(format!("rename {}", from.display()), &error))
@@ -213,27 +251,15 @@ fn replace(directory: &Path, new: &Path) -> Result<()> {
     };
     if file.exists() {
         remove(&beside(&kept, "-wal"))?;
-        rename(&file, &kept)?;
-        rename(&beside(&file, "-wal"), &beside(&kept, "-wal"))?;
+        rename(file, &kept)?;
+        rename(&beside(file, "-wal"), &beside(&kept, "-wal"))?;
     }
     // One without its file belongs to nothing.
-    remove(&beside(&file, "-wal"))?;
-    remove(&beside(&file, "-shm"))?;
-    rename(new, &file)?;
+    remove(&beside(file, "-wal"))?;
+    remove(&beside(file, "-shm"))?;
+    rename(new, file)?;
+    let directory = file.parent().unwrap_or(Path::new("/"));
     File::open(directory)
         .and_then(|directory| directory.sync_all())
         .map_err(|error| Error::io(format!("sync {}", directory.display()), &error))
-}
-
-impl ChunkStore {
-    /// Refuses a store that has packs and no catalog.
-    pub(super) fn check_catalog(directory: &Path, objects: &Directory) -> Result<()> {
-        let file = directory.join(CATALOG);
-        // An empty file is what SQLite makes into a new database.
-        if fs::metadata(&file).is_ok_and(|about| about.len() > 0) || objects.list("packs")?.is_empty() {
-            return Ok(());
-        }
-        Err(Error::damaged(format!("the store has packs, and its catalog {} is lost", file.display()))
-            .with_hint("stop the server, and run burgeon store fsck --rebuild, which makes a new one of the packs"))
-    }
 }

@@ -12,7 +12,7 @@ use burgeon_api::{
     store::{Checked, Problem},
 };
 
-use super::{ChunkStore, Watch, collect::problem_at, object_name, repack, repack::rows_of};
+use super::{ChunkStore, Watch, collect::problem_at, is_away, object_name, repack, repack::rows_of};
 use crate::{
     ChunkId, PackId, Place,
     catalog::PackState,
@@ -65,6 +65,7 @@ pub fn scrub(store: &ChunkStore, repair: bool, watch: &mut Watch<'_>) -> Result<
         match store.objects.open_object(&object_name(pack)) {
             Ok(object) => check(store, &object, records, &mut found, watch)?,
             Err(error) if error.kind == ErrorKind::NotFound => found.copies.extend(records),
+            Err(error) if is_away(&error) => return Err(error),
             Err(_) => {}
         }
     }
@@ -101,6 +102,7 @@ fn look_at_pack(store: &ChunkStore, pack: PackId, length: u64, found: &mut Found
             let records = records.iter().map(|entry| (entry.id, entry.place)).collect();
             check(store, &object, records, found, watch)
         }
+        Err(error) if is_away(&error) => Err(error),
         Err(_) if is_dropped(store, pack)? => Ok(()),
         Err(error) => {
             found.checked.packs += 1;
@@ -144,6 +146,9 @@ fn check(
         found.checked.chunks += 1;
         found.checked.bytes += (RECORD_HEADER_BYTES as u64) + u64::from(place.stored);
         if let Err(error) = read(object, id, place) {
+            if is_away(&error) {
+                return Err(error);
+            }
             let used = store.catalog.blocking_places(vec![id])?.first().copied().flatten() == Some(place);
             let what = format!("{}{}", error.message, if used { "" } else { " (not in use)" });
             let problem = problem_at(store, place.pack, Some(place.offset), what);
@@ -186,7 +191,7 @@ fn needed_by(store: &ChunkStore, copies: &[(ChunkId, Place)], watch: &mut Watch<
                 let of_map = format!("/{}", root.map);
                 names.push(format!("{} {}", root.kind, root.name.strip_suffix(&of_map).unwrap_or(&root.name)));
             }
-            Err(error) if error.kind == ErrorKind::Cancelled => return Err(error),
+            Err(error) if error.kind == ErrorKind::Cancelled || is_away(&error) => return Err(error),
             // What else is wrong with it is for fsck to tell.
             _ => {}
         }

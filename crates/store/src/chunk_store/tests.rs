@@ -3,7 +3,10 @@ mod heal;
 mod left_over;
 mod rebuild;
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use super::*;
 use crate::{catalog::NewRoot, cut::Cutter, testing::noise};

@@ -15,11 +15,13 @@ use std::{
     path::Path,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
+    thread,
+    time::{Duration, Instant},
 };
 
-use burgeon_api::Result;
+use burgeon_api::{Error, Result};
 
 use super::{
     Base,
@@ -28,7 +30,7 @@ use super::{
 };
 use crate::{
     ChunkId,
-    chunk_store::{ChunkStore, part},
+    chunk_store::{ChunkStore, is_away, part},
     cut::MOST_CUT,
     map::{self, Map, MapReader, Piece},
 };
@@ -39,6 +41,11 @@ const NODES: usize = 4096;
 const MOST_TRACED: usize = 4096;
 /// Bytes fetched behind a read that goes on where the last one ended, doubled each time up to the second number.
 const AHEAD: (u64, u64) = (64 << 10, 1 << 20);
+
+/// How long a guest's read waits for a store that cannot be reached, before it fails.
+const PATIENCE: Duration = Duration::from_secs(120);
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// See the module. One serves all disks of a process that have this base.
 pub struct ImageBase {
@@ -69,7 +76,7 @@ impl ImageBase {
         let map = Map::open(&*store, root)?;
         let cache = Layer::open(cache, map.length()).or_else(|error| {
             tracing::warn!(%error, "a cache is begun anew");
-            layer::remove(cache).map_err(|error| burgeon_api::Error::io("remove a cache", &error))?;
+            layer::remove(cache).map_err(|error| Error::io("remove a cache", &error))?;
             Layer::open(cache, map.length())
         })?;
         let nodes = MapReader::new(store.clone(), NODES);
@@ -111,22 +118,54 @@ impl ImageBase {
     /// # Errors
     /// The first that a fetch meets.
     pub fn prefetch(&self, trace: &[(u64, u64)]) -> Result<()> {
-        for (offset, length) in trace {
-            let mut at = *offset;
-            let end = offset.saturating_add(*length).min(self.map.length());
-            while at < end {
-                let (state, length) = self.cache.run(at, end);
-                if state == State::Absent {
-                    self.fetch(at..at + length)?;
-                }
-                at += length;
+        let next = AtomicUsize::new(0);
+        let fetch = || -> Result<()> {
+            while let Some((offset, length)) = trace.get(next.fetch_add(1, Ordering::Relaxed)) {
+                self.fetch_absent(*offset, offset.saturating_add(*length).min(self.map.length()))?;
             }
+            Ok(())
+        };
+        thread::scope(|scope| {
+            let lanes: Vec<_> = (1..self.store.lanes()).map(|_| scope.spawn(fetch)).collect();
+            let own = fetch();
+            lanes.into_iter().fold(own, |first, lane| {
+                first.and(lane.join().unwrap_or_else(|_| Err(Error::internal("a thread that fetches has panicked"))))
+            })
+        })
+    }
+
+    fn fetch_absent(&self, mut at: u64, end: u64) -> Result<()> {
+        while at < end {
+            let (state, length) = self.cache.run(at, end);
+            if state == State::Absent {
+                self.fetch(at..at + length)?;
+            }
+            at += length;
         }
         Ok(())
     }
 
-    /// Fetches the bytes, which lie within the map, into the cache; with all else that is in their chunks nearby.
+    /// Fetches, and tries again where the store cannot be reached at the moment: a guest would rather wait than meet an
+    /// error on its disk.
     fn fetch(&self, range: Range<u64>) -> Result<()> {
+        let begun = Instant::now();
+        let mut tries = 0;
+        loop {
+            let error = match self.fetch_once(range.clone()) {
+                Err(error) if is_away(&error) => error,
+                done => return done,
+            };
+            let Some(pause) = pause(tries, begun.elapsed(), self.store.random()) else { return Err(error) };
+            if tries == 0 {
+                tracing::warn!(%error, "the store cannot be reached; a guest's read waits for it");
+            }
+            tries += 1;
+            thread::sleep(pause);
+        }
+    }
+
+    /// Fetches the bytes, which lie within the map, into the cache; with all else that is in their chunks nearby.
+    fn fetch_once(&self, range: Range<u64>) -> Result<()> {
         let need = range.start / BLOCK * BLOCK..range.end.next_multiple_of(BLOCK).min(self.map.length());
         // Far enough to see the whole of the chunks that the needed bytes are in.
         let far = MOST_CUT as u64;
@@ -142,7 +181,7 @@ impl ImageBase {
                 ids.push(id);
             }
         }
-        let chunks = ids.iter().map(|id| self.store.get(*id)).collect::<Result<Vec<_>>>()?;
+        let chunks = self.store.get_all(&ids)?;
         self.fetched.fetch_add(chunks.iter().map(|chunk| chunk.len() as u64).sum(), Ordering::Relaxed);
         // What is known now: the needed bytes, and their neighbours as far as they are in the same chunks.
         let known = |piece: &Piece| piece.source.is_some_and(|(id, _)| ids.contains(&id));
@@ -181,7 +220,7 @@ impl ImageBase {
                 bytes.fill(0);
                 Ok(())
             })
-            .map_err(|error| burgeon_api::Error::io("write the cache of an image", &error))
+            .map_err(|error| Error::io("write the cache of an image", &error))
     }
 
     /// Who has the bytes from `at` on, and up to where: the parent, or this map alone.
@@ -204,7 +243,11 @@ impl ImageBase {
         drop(trace);
         let mut streak = self.streak.lock().unwrap_or_else(PoisonError::into_inner);
         let (last, ahead) = *streak;
-        let ahead = if range.start == last && last > 0 { (ahead * 2).clamp(AHEAD.0, AHEAD.1) } else { 0 };
+        // What a chunk held beyond the last read is here already, and the reader began behind it. Far away that is worth
+        // taking for going on; nearby, reading too much costs more.
+        let slack = if self.store.lanes() > 1 { MOST_CUT as u64 } else { 0 };
+        let goes_on = (last..=last + slack).contains(&range.start) && last > 0;
+        let ahead = if goes_on { (ahead * 2).clamp(AHEAD.0, AHEAD.1) } else { 0 };
         // Not into what the parent has.
         let (_, end) = self.whose(range.start, (range.end + ahead).min(self.map.length()));
         *streak = (end, ahead);
@@ -274,5 +317,31 @@ impl Base for ImageBase {
             }
         }
         true
+    }
+}
+
+/// How long to wait before a fetch is tried again, if it is: ever longer, and never two at the same moment.
+fn pause(tries: u32, waited: Duration, random: u8) -> Option<Duration> {
+    let longest = FIRST_PAUSE.saturating_mul(1 << tries.min(8)).min(LONGEST_PAUSE);
+    let pause = longest / 2 + longest / 2 * u32::from(random) / 255;
+    (waited + pause <= PATIENCE).then_some(pause)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fetch_is_tried_again_for_a_bounded_time() {
+        assert_eq!(pause(0, Duration::ZERO, 0), Some(FIRST_PAUSE / 2));
+        assert_eq!(pause(0, Duration::ZERO, 255), Some(FIRST_PAUSE));
+        assert_eq!(pause(u32::MAX, Duration::ZERO, 255), Some(LONGEST_PAUSE));
+        assert_eq!(pause(9, PATIENCE, 0), None);
+        let (mut waited, mut tries) = (Duration::ZERO, 0);
+        while let Some(pause) = pause(tries, waited, 128) {
+            waited += pause;
+            tries += 1;
+        }
+        assert!(waited > PATIENCE - LONGEST_PAUSE && waited <= PATIENCE && tries < 100, "{waited:?} {tries}");
     }
 }

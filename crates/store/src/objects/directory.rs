@@ -33,7 +33,7 @@ pub struct Directory {
 
 /// An object held open, for many reads.
 #[derive(Debug)]
-pub struct OpenObject {
+pub struct OpenFile {
     file: File,
     path: PathBuf,
     length: u64,
@@ -102,7 +102,7 @@ impl Directory {
     }
 
     /// Fills `bytes` from an object: the way of those who must not wait for another thread. Those who read one object
-    /// often hold an [`OpenObject`].
+    /// often hold an [`OpenFile`].
     ///
     /// # Errors
     /// `NotFound` where there is no such object, `Damaged` where it ends too early.
@@ -114,7 +114,7 @@ impl Directory {
     ///
     /// # Errors
     /// `NotFound` where there is no such object.
-    pub fn open_object(&self, name: &str) -> Result<OpenObject> {
+    pub fn open_object(&self, name: &str) -> Result<OpenFile> {
         check_name(name)?;
         let path = self.path(name);
         let open = || {
@@ -126,7 +126,7 @@ impl Directory {
             Ok((file, about.len()))
         };
         match open() {
-            Ok((file, length)) => Ok(OpenObject { file, path, length }),
+            Ok((file, length)) => Ok(OpenFile { file, path, length }),
             Err(error) => Err(Error::io(format!("read {}", path.display()), &error)),
         }
     }
@@ -267,7 +267,7 @@ impl Directory {
     }
 }
 
-impl OpenObject {
+impl OpenFile {
     /// Fills `bytes` from the object.
     ///
     /// # Errors

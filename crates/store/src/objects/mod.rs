@@ -7,6 +7,9 @@
 //! - an object is there whole or not at all, and once it was put it is durable;
 //! - deleting what is not there is no error, so that every request can be repeated.
 
+mod blocking;
+#[cfg(feature = "s3")]
+mod bucket;
 mod directory;
 mod replace;
 #[cfg(feature = "s3")]
@@ -17,7 +20,12 @@ use std::{ops::Range, sync::Arc, time::SystemTime};
 use burgeon_api::{Error, Result};
 use bytes::Bytes;
 
-pub use directory::{Directory, OpenObject};
+pub use blocking::{Blocking, OpenObject};
+#[cfg(feature = "s3")]
+pub(crate) use bucket::AT_ONCE;
+#[cfg(feature = "s3")]
+pub use bucket::Bucket;
+pub use directory::{Directory, OpenFile};
 pub use replace::Tag;
 #[cfg(feature = "s3")]
 pub use s3::{S3, S3Settings};

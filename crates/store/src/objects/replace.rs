@@ -67,7 +67,7 @@ fn changed(place: &str) -> Error {
 }
 
 impl Directory {
-    fn read(&self, name: &str, most: u64) -> Result<Option<(Bytes, Tag)>> {
+    pub(super) fn read(&self, name: &str, most: u64) -> Result<Option<(Bytes, Tag)>> {
         let path = self.path(name);
         let read = || -> io::Result<Option<Vec<u8>>> {
             let file = match File::open(&path) {

@@ -7,12 +7,12 @@
 
 use std::{error::Error as StdError, fmt, ops::Range, time::Duration};
 
-use burgeon_api::{Error, ErrorKind, Result};
+use burgeon_api::{Error, ErrorKind, Result, path_text, remote::S3Access};
 use bytes::Bytes;
 use futures_util::TryStreamExt;
 use object_store::{
-    BackoffConfig, Certificate, ClientOptions, Error as StoreError, ObjectStore, ObjectStoreExt, PutMode, PutOptions,
-    PutPayload, RetryConfig,
+    BackoffConfig, Certificate, ClientOptions, Error as StoreError, GetOptions, GetRange, ObjectStore, ObjectStoreExt,
+    PutMode, PutOptions, PutPayload, RetryConfig,
     aws::{AmazonS3, AmazonS3Builder, S3ConditionalPut},
     client::{HttpError, HttpErrorKind},
     path::Path,
@@ -64,6 +64,49 @@ impl fmt::Debug for S3Settings {
     }
 }
 
+impl S3Settings {
+    /// What `s3://BUCKET/PREFIX` means, with how its server is reached.
+    ///
+    /// # Errors
+    /// `Invalid` without keys, and for what is no such address.
+    pub fn at(url: &str, access: Option<S3Access>, deadline: Duration) -> Result<S3Settings> {
+        let wrong = |why: &str| {
+            Error::invalid(format!("{why} is no address of a bucket"))
+                .with_hint("such an address is s3://BUCKET/PREFIX")
+        };
+        // Somebody may have written keys into it, so that it is not repeated then.
+        let rest = url.strip_prefix("s3://").ok_or_else(|| wrong("what does not begin with s3://"))?;
+        if rest.contains(['@', '?']) {
+            return Err(wrong("what holds '@' or '?'"));
+        }
+        let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
+        let access = access.ok_or_else(|| {
+            Error::invalid(format!("{} needs keys", path_text::printable(url))).with_hint(
+                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL for a server of your own",
+            )
+        })?;
+        Ok(S3Settings {
+            endpoint: access.endpoint,
+            bucket: bucket.into(),
+            region: access.region,
+            access_key: access.access_key,
+            secret_key: access.secret_key,
+            prefix: prefix.trim_end_matches('/').into(),
+            allow_http: access.allow_http,
+            certificate: access.certificate,
+            deadline,
+        })
+    }
+}
+
+/// `s3://BUCKET/PREFIX`.
+impl fmt::Display for S3Settings {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "s3://{}", self.bucket)?;
+        if self.prefix.is_empty() { Ok(()) } else { write!(formatter, "/{}", self.prefix) }
+    }
+}
+
 /// A bucket, or a folder of it.
 #[derive(Debug)]
 pub struct S3 {
@@ -86,6 +129,10 @@ impl S3 {
         }
         if settings.bucket.is_empty() {
             return Err(wrong("it has no name".into()));
+        }
+        // Somebody may have written keys into it, so that it is not repeated then.
+        if settings.endpoint.as_ref().is_some_and(|endpoint| endpoint.contains('@')) {
+            return Err(wrong("the endpoint holds '@'".into()).with_hint("keys have variables of their own"));
         }
         if let Some(endpoint) = &settings.endpoint
             && !endpoint.starts_with("https://")
@@ -194,6 +241,14 @@ impl S3 {
         }
         let Range { start, end } = range;
         Err(Error::damaged(format!("{} has {length} bytes, not those from {start} to {end}", self.describe(name))))
+    }
+
+    /// What of the range the object has, which begins within it.
+    pub(super) async fn get_up_to(&self, name: &str, range: Range<u64>) -> Result<Bytes> {
+        let path = self.path(name);
+        let options = GetOptions { range: Some(GetRange::Bounded(range)), ..GetOptions::default() };
+        let read = async { self.client.get_opts(&path, options).await?.bytes().await };
+        self.within("read", name, read).await
     }
 
     pub(super) async fn length(&self, name: &str) -> Result<u64> {

@@ -6,6 +6,8 @@
 //! own: each names its chunk, so that [`scan`] finds them without the footer.
 
 mod footer;
+#[cfg(feature = "s3")]
+mod reads;
 mod record;
 mod scan;
 #[cfg(test)]
@@ -15,6 +17,8 @@ mod writer;
 use burgeon_api::{Error, Result};
 
 pub use footer::{ENTRY_BYTES, TRAILER_BYTES, Tail, Trailer, read_index};
+#[cfg(feature = "s3")]
+pub(crate) use reads::{Wanted, reads, record_bytes};
 pub use record::{RECORD_HEADER_BYTES, Record, RecordHeader, read_record};
 pub use scan::{Salvage, scan};
 pub use writer::{Finished, PackWriter};

@@ -22,24 +22,8 @@ pub(super) enum Address {
 /// `Invalid`, with what is known.
 pub(super) fn read(remote: &remote::Remote) -> Result<Address> {
     let url = remote.url.as_str();
-    if let Some(rest) = url.strip_prefix("s3://") {
-        let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
-        let access = remote.s3.clone().ok_or_else(|| {
-            Error::invalid(format!("{} needs keys", printable(url))).with_hint(
-                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL for a server of your own",
-            )
-        })?;
-        return Ok(Address::S3(Box::new(S3Settings {
-            endpoint: access.endpoint,
-            bucket: bucket.into(),
-            region: access.region,
-            access_key: access.access_key,
-            secret_key: access.secret_key,
-            prefix: prefix.trim_end_matches('/').into(),
-            allow_http: access.allow_http,
-            certificate: access.certificate,
-            deadline: DEADLINE,
-        })));
+    if url.starts_with("s3://") {
+        return Ok(Address::S3(Box::new(S3Settings::at(url, remote.s3.clone(), DEADLINE)?)));
     }
     let path = url.strip_prefix("file://").unwrap_or(url);
     if path.starts_with('/') {

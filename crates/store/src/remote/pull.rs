@@ -1,6 +1,10 @@
 //! A copy of an image from a remote: what the store has already is not read, everything else is compared with its name.
 
-use std::{collections::HashSet, io::Read, ops::Range};
+use std::{
+    collections::HashSet,
+    io::{BufReader, Read},
+    ops::Range,
+};
 
 use burgeon_api::{Error, Result};
 use bytes::Bytes;
@@ -8,18 +12,16 @@ use futures_util::future::join_all;
 
 use super::{Manifest, Remote, StoredFile, index::Index};
 use crate::{
-    ChunkId, PackId, Place,
+    ChunkId, Place,
     catalog::NewRoot,
     chunk::Kind,
     chunk_store::{ChunkStore, MapBytes, Watch, Writer, object_name},
     map::{self, Map, Node, NodeSink, Root},
-    pack::{self, RECORD_HEADER_BYTES},
+    pack::{self, Wanted, reads, record_bytes},
 };
 
 /// Names in one request to the catalog.
 const NAMES: usize = 4096;
-/// Bytes between two records that are read rather than asked for apart: a request takes longer than they do.
-const GAP: u64 = 32 << 10;
 /// The most bytes of one read, and how many reads are under way together.
 const MOST_READ: u64 = 8 << 20;
 const TOGETHER: usize = 4;
@@ -88,7 +90,8 @@ pub fn pull(
         if stored.length > map.length() {
             return Err(Error::damaged(format!("{} is longer than its map", stored.name)));
         }
-        file(stored, &mut MapBytes::new(store, map).take(stored.length))?;
+        // Each read of a map looks its chunks up, and may ask a bucket for them.
+        file(stored, &mut BufReader::with_capacity(1 << 20, MapBytes::new(store, map)).take(stored.length))?;
     }
     if let Some(root) = disk {
         watch("keep", 0, 0)?;
@@ -122,9 +125,6 @@ pub fn held_bytes_in(store: &ChunkStore, map: &Map, range: Range<u64>) -> Result
     }
     Ok(held)
 }
-
-/// A chunk, and where it lies in the remote.
-type Wanted = (Place, ChunkId);
 
 struct Fetch<'a> {
     store: &'a ChunkStore,
@@ -222,7 +222,7 @@ impl Fetch<'_> {
         wanted.sort_unstable_by_key(|(place, _)| (place.pack, place.offset));
         let total: u64 = wanted.iter().map(|(place, _)| record_bytes(place)).sum();
         let mut done = 0;
-        for reads in reads(&wanted).chunks(TOGETHER) {
+        for reads in reads(&wanted, MOST_READ).chunks(TOGETHER) {
             watch(phase, done, total)?;
             let answers =
                 join_all(reads.iter().map(async |read| {
@@ -265,56 +265,5 @@ impl Fetch<'_> {
                 self.remote.url()
             ))
         })
-    }
-}
-
-fn record_bytes(place: &Place) -> u64 {
-    RECORD_HEADER_BYTES as u64 + u64::from(place.stored)
-}
-
-/// One read, and which of the wanted chunks it gives.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Reading {
-    pack: PackId,
-    range: Range<u64>,
-    wanted: Range<usize>,
-}
-
-/// The reads for chunks that are sorted by place.
-fn reads(wanted: &[Wanted]) -> Vec<Reading> {
-    let mut reads: Vec<Reading> = Vec::new();
-    for (index, (place, _)) in wanted.iter().enumerate() {
-        let end = place.offset + record_bytes(place);
-        match reads.last_mut() {
-            Some(last)
-                if last.pack == place.pack
-                    && place.offset <= last.range.end + GAP
-                    && end.saturating_sub(last.range.start) <= MOST_READ =>
-            {
-                last.range.end = last.range.end.max(end);
-                last.wanted.end = index + 1;
-            }
-            _ => reads.push(Reading { pack: place.pack, range: place.offset..end, wanted: index..index + 1 }),
-        }
-    }
-    reads
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn neighbours_are_read_together() {
-        let at = |pack: u8, offset: u64, stored: u32| {
-            let place = Place { pack: PackId([pack; 16]), offset, stored, length: stored };
-            (place, ChunkId([pack; 32]))
-        };
-        let wanted = [at(1, 32, 936), at(1, 1032, 936), at(1, 2032 + GAP, 10), at(1, 90_000_000, 10), at(2, 32, 10)];
-        let reads = reads(&wanted);
-        let told: Vec<_> = reads.iter().map(|read| (read.pack.0[0], read.range.clone(), read.wanted.clone())).collect();
-        assert_eq!(told, [(1, 32..2032 + GAP + 74, 0..3), (1, 90_000_000..90_000_074, 3..4), (2, 32..106, 4..5),]);
-        let large: Vec<_> = (0..20).map(|index| at(1, 32 + index * (1 << 20), (1 << 20) - 64)).collect();
-        assert!(super::reads(&large).iter().all(|read| read.range.end - read.range.start <= MOST_READ));
     }
 }

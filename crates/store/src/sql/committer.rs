@@ -85,7 +85,7 @@ impl Committer {
         prepare: impl FnOnce(&mut Connection, &Address) -> Result<()> + Send + 'static,
     ) -> Result<Committer> {
         let (requests, receiver) = mpsc::channel(MOST_WAITING);
-        on_thread(component.name.into(), address, component, prepare, move |connection| {
+        on_thread(component.name.into(), address, component, true, prepare, move |connection| {
             commit_loop(connection, receiver);
         })?;
         Ok(Committer { requests })

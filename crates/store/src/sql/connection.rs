@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use burgeon_api::{Error, Result};
+use burgeon_api::{Error, ErrorKind, Result};
 
 use super::{
     Address, Component, Row, Value,
@@ -16,12 +16,16 @@ use super::{
 
 /// How long a lost server is waited for before those who wait for it are told.
 const RECONNECT: Duration = Duration::from_secs(6);
+/// How often a lock is asked for that another process has.
+const LOCKED: Duration = Duration::from_millis(100);
 
 /// A connection, inside a transaction of the [`Committer`](super::Committer) or of a reader.
 pub struct Connection {
     engine: Engine,
     address: Address,
     component: &'static Component,
+    /// Whether it writes; of a component for one process at a time, that takes the lock of all.
+    writes: bool,
     /// What the last statement that failed met, until somebody asks.
     trouble: Option<Trouble>,
     /// Whether a statement failed since it was last asked.
@@ -47,15 +51,28 @@ pub(super) enum Trouble {
 }
 
 impl Connection {
-    pub(super) fn open(address: &Address, component: &'static Component) -> Result<Connection> {
-        let engine = Self::engine(address, component)?;
-        Ok(Connection { engine, address: address.clone(), component, trouble: None, failed: false })
+    fn open(address: &Address, component: &'static Component, writes: bool) -> Result<Connection> {
+        let begun = Instant::now();
+        let engine = loop {
+            match Self::engine(address, component, writes) {
+                // Another process has the lock: perhaps one that has just died, which the server is about to notice.
+                Err(error) if error.kind == ErrorKind::Conflict && begun.elapsed() < RECONNECT => thread::sleep(LOCKED),
+                engine => break engine?,
+            }
+        };
+        Ok(Connection { engine, address: address.clone(), component, writes, trouble: None, failed: false })
     }
 
-    fn engine(address: &Address, component: &'static Component) -> Result<Engine> {
+    fn engine(address: &Address, component: &'static Component, writes: bool) -> Result<Engine> {
         Ok(match address {
             Address::Sqlite(path) => Engine::Sqlite(Sqlite::open(path, component)?),
-            Address::Postgres(config) => Engine::Postgres(Box::new(Postgres::connect(config, address, component)?)),
+            Address::Postgres(config) => {
+                let mut engine = Postgres::connect(config, address, component)?;
+                if writes && component.exclusive {
+                    engine.take_lock(address)?;
+                }
+                Engine::Postgres(Box::new(engine))
+            }
         })
     }
 
@@ -232,7 +249,7 @@ impl Connection {
         let end = Instant::now() + RECONNECT;
         let mut pause = Duration::from_millis(20);
         loop {
-            match Self::engine(&self.address, self.component) {
+            match Self::engine(&self.address, self.component, self.writes) {
                 Ok(engine) => {
                     self.engine = engine;
                     tracing::info!(address = %self.address, "connected again");
@@ -251,13 +268,14 @@ pub(super) fn on_thread(
     name: String,
     address: &Address,
     component: &'static Component,
+    writes: bool,
     prepare: impl FnOnce(&mut Connection, &Address) -> Result<()> + Send + 'static,
     work: impl FnOnce(Connection) + Send + 'static,
 ) -> Result<()> {
     let (ready, opened) = mpsc::channel();
     let address = address.clone();
     let body = move || {
-        let connection = Connection::open(&address, component)
+        let connection = Connection::open(&address, component, writes)
             .and_then(|mut connection| prepare(&mut connection, &address).map(|()| connection));
         match connection {
             Ok(connection) => {
@@ -269,6 +287,25 @@ pub(super) fn on_thread(
     };
     thread::Builder::new().name(name).spawn(body).map_err(|error| Error::io("start a database thread", &error))?;
     opened.recv().map_err(|_| Error::internal("a database thread ended at its start"))?
+}
+
+/// Whether a database can be reached and read. Blocks.
+///
+/// # Errors
+/// As [`super::Database::open`], as far as nothing is opened for it.
+pub(crate) fn check(address: &Address) -> Result<()> {
+    static NOTHING: Component = Component {
+        name: "database",
+        migrations: &[],
+        user_version: false,
+        lock: 0,
+        exclusive: false,
+        cache_kib: 64,
+        checkpoint_pages: 1000,
+        readers: 1,
+    };
+    let read = |connection: &mut Connection, _: &Address| connection.query("SELECT 1", &[]).map(drop);
+    on_thread("check".into(), address, &NOTHING, false, read, drop)
 }
 
 fn gone() -> Fault {

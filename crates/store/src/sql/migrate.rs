@@ -17,6 +17,9 @@ pub struct Component {
     pub user_version: bool,
     /// The number of the advisory lock that its writers take on PostgreSQL.
     pub lock: i64,
+    /// Whether only one process at a time may write to it, of all that reach its server: the one whose writing connection
+    /// has a lock, which the server lets go of with the connection.
+    pub exclusive: bool,
     /// Memory for pages of each connection, on SQLite.
     pub cache_kib: u32,
     /// Pages of the write-ahead log after which they go into the file, on SQLite.

@@ -5,7 +5,7 @@
 
 use std::{collections::HashMap, error::Error as _, time::Duration};
 
-use burgeon_api::{Error, Result};
+use burgeon_api::{Error, Result, path_text::printable};
 use bytes::BytesMut;
 use futures_util::future::try_join_all;
 use tokio::runtime::Runtime;
@@ -32,6 +32,15 @@ const SESSION: &str = "
     SET client_min_messages = 'warning';
     SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off';
 ";
+
+/// In the number of a lock that a connection keeps for as long as it lives; those of transactions are without.
+const EXCLUSIVE: i64 = 1 << 56;
+
+/// What the server's own views call this process.
+fn application(component: &Component) -> String {
+    let system = rustix::system::uname();
+    format!("burgeon {}, process {} on {}", component.name, std::process::id(), system.nodename().to_string_lossy())
+}
 
 pub(super) struct Postgres {
     runtime: Runtime,
@@ -67,6 +76,8 @@ impl Postgres {
             .map_err(|error| Error::io("start a connection to PostgreSQL", &error))?;
         let client = runtime.block_on(async {
             let connect = async {
+                let mut config = config.clone();
+                config.application_name(application(component));
                 let (client, connection) = config.connect(NoTls).await?;
                 tokio::spawn(async move {
                     if let Err(error) = connection.await {
@@ -82,6 +93,29 @@ impl Postgres {
             }
         })?;
         Ok(Postgres { runtime, client, statements: HashMap::new(), component })
+    }
+
+    /// Takes the lock of the one process that writes; the server lets go of it with the connection.
+    pub(super) fn take_lock(&mut self, address: &Address) -> Result<()> {
+        let (component, key) = (self.component, self.component.lock | EXCLUSIVE);
+        let ask = |this: &mut Self, sql: &str| this.query_each(sql, &[Vec::new()]).map_err(Fault::error);
+        let first = |answers: Vec<Vec<Row>>| answers.into_iter().flatten().next();
+        let taken = first(ask(self, &format!("SELECT pg_try_advisory_lock({key})"))?);
+        if taken.map(|row| row.boolean(0)).transpose()? == Some(true) {
+            return Ok(());
+        }
+        let holder = first(ask(
+            self,
+            &format!(
+                "SELECT application_name FROM pg_stat_activity JOIN pg_locks USING (pid) WHERE locktype = 'advisory'
+                 AND granted AND objsubid = 1 AND classid::bigint = {} AND objid::bigint = {}",
+                key >> 32,
+                key & 0xffff_ffff
+            ),
+        )?);
+        let holder = holder.and_then(|row| row.text(0).map(printable).ok()).unwrap_or_else(|| "another one".into());
+        Err(Error::conflict(format!("{} in {address} is in use by another server: {holder}", component.name))
+            .with_hint("end that server first, or give this one a database of its own"))
     }
 
     pub(super) fn execute_each(&mut self, sql: &str, rows: &[Vec<Value>]) -> Result<Vec<u64>, Fault> {

@@ -33,6 +33,7 @@ impl Readers {
                 name,
                 address,
                 component,
+                false,
                 |_, _| Ok(()),
                 move |mut connection| {
                     while let Some(read) = receiver.blocking_recv() {

@@ -6,7 +6,11 @@ mod contract;
 mod deaths;
 mod directory;
 #[cfg(feature = "s3")]
+mod pairs;
+#[cfg(feature = "s3")]
 mod remote;
 #[cfg(feature = "s3")]
 mod s3;
+#[cfg(feature = "s3")]
+mod s3_server;
 mod sql;

@@ -24,7 +24,7 @@ use burgeon_store::{
 };
 use tokio::runtime::Runtime;
 
-use crate::s3::Server;
+use crate::s3_server::Server;
 
 fn noise(length: usize, seed: u64) -> Vec<u8> {
     let mut state = seed;

@@ -1,10 +1,7 @@
-//! Objects in a bucket, on a real server: s3s-fs, which `./x test` installs.
+//! Objects in a bucket, on a real server.
 
 use std::{
-    net::{Ipv4Addr, TcpListener, TcpStream},
-    path::PathBuf,
-    process::{Child, Command, Stdio},
-    thread,
+    net::{Ipv4Addr, TcpListener},
     time::{Duration, Instant},
 };
 
@@ -12,95 +9,39 @@ use burgeon_api::ErrorKind;
 use burgeon_store::objects::{Objects, S3, S3Settings};
 use bytes::Bytes;
 
-use crate::contract::{self, Creates};
+use crate::{
+    contract::{self, Creates},
+    s3_server::{BUCKET, Server, free_port},
+};
 
-const BUCKET: &str = "burgeon";
-
-/// A server with one bucket, until it is dropped.
-pub(crate) struct Server {
-    process: Child,
-    pub(crate) port: u16,
-    pub(crate) root: tempfile::TempDir,
+pub(crate) fn settings(server: &Server) -> S3Settings {
+    at(format!("http://127.0.0.1:{}", server.port))
 }
 
-/// The program: of the environment, or where `./x test` puts it, below the target directory of this test.
-fn program() -> PathBuf {
-    if let Some(program) = std::env::var_os("BURGEON_S3_SERVER") {
-        return program.into();
-    }
-    let test = std::env::current_exe().unwrap();
-    let found = test.ancestors().map(|above| above.join("tools/bin/s3s-fs")).find(|program| program.is_file());
-    found.unwrap_or_else(|| {
-        panic!(
-            "there is no S3 server to test with: run ./x test, which installs s3s-fs, or name one by BURGEON_S3_SERVER"
-        )
-    })
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
-}
-
-impl Server {
-    pub(crate) fn start() -> Server {
-        let root = tempfile::tempdir().unwrap();
-        std::fs::create_dir(root.path().join(BUCKET)).unwrap();
-        // Somebody else may take the port before the server does; then it ends, and another port is tried.
-        for _ in 0..5 {
-            let port = free_port();
-            let mut process = Command::new(program())
-                .args(["--host", "127.0.0.1", "--port", &port.to_string()])
-                .args(["--access-key", "key", "--secret-key", "secret"])
-                .arg(root.path())
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .spawn()
-                .unwrap();
-            let begun = Instant::now();
-            while begun.elapsed() < Duration::from_secs(20) && process.try_wait().unwrap().is_none() {
-                if TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok() {
-                    return Server { process, port, root };
-                }
-                thread::sleep(Duration::from_millis(20));
-            }
-            drop(process.kill());
-            process.wait().unwrap();
-        }
-        panic!("{} does not listen", program().display());
-    }
-
-    fn settings(&self) -> S3Settings {
-        S3Settings {
-            endpoint: Some(format!("http://127.0.0.1:{}", self.port)),
-            bucket: BUCKET.into(),
-            region: "us-east-1".into(),
-            access_key: "key".into(),
-            secret_key: "secret".into(),
-            prefix: "of/this-test".into(),
-            allow_http: true,
-            certificate: None,
-            deadline: Duration::from_secs(30),
-        }
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        drop(self.process.kill());
-        drop(self.process.wait());
+fn at(endpoint: String) -> S3Settings {
+    S3Settings {
+        endpoint: Some(endpoint),
+        bucket: BUCKET.into(),
+        region: "us-east-1".into(),
+        access_key: "key".into(),
+        secret_key: "secret".into(),
+        prefix: "of/this-test".into(),
+        allow_http: true,
+        certificate: None,
+        deadline: Duration::from_secs(30),
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_bucket_keeps_the_contract() {
     let server = Server::start();
-    let s3 = S3::new(server.settings()).unwrap();
+    let s3 = S3::new(settings(&server)).unwrap();
     s3.check().await.unwrap();
     let objects = Objects::from(s3);
     contract::keeps(&objects, Creates::LooksFirst).await;
     assert_eq!(objects.describe("packs/a"), "s3://burgeon/of/this-test/packs/a");
     assert!(server.root.path().join("burgeon/of/this-test/packs/ab/one.pack").is_file());
-    let whole = Objects::from(S3::new(S3Settings { prefix: String::new(), ..server.settings() }).unwrap());
+    let whole = Objects::from(S3::new(S3Settings { prefix: String::new(), ..settings(&server) }).unwrap());
     assert_eq!(whole.length("of/this-test/packs/ab/one.pack").await.unwrap(), 300_000);
     assert!(whole.list("").await.unwrap().iter().all(|object| object.name.starts_with("of/this-test/")));
 }
@@ -108,7 +49,7 @@ async fn a_bucket_keeps_the_contract() {
 #[tokio::test]
 async fn a_pack_of_64_mib_goes_in_one_request() {
     let server = Server::start();
-    let objects = Objects::from(S3::new(server.settings()).unwrap());
+    let objects = Objects::from(S3::new(settings(&server)).unwrap());
     let pack = Bytes::from(vec![0x5a; 64 << 20]);
     objects.put_new("packs/large", pack.clone()).await.unwrap();
     assert_eq!(objects.length("packs/large").await.unwrap(), 64 << 20);
@@ -119,7 +60,7 @@ async fn a_pack_of_64_mib_goes_in_one_request() {
 #[tokio::test]
 async fn wrong_settings_are_told_for_what_they_are() {
     let server = Server::start();
-    let right = server.settings();
+    let right = settings(&server);
     for wrong in [
         S3Settings { secret_key: "wrong".into(), ..right.clone() },
         S3Settings { access_key: "nobody".into(), ..right.clone() },
@@ -154,14 +95,14 @@ async fn wrong_settings_are_told_for_what_they_are() {
 async fn a_server_that_is_not_there_or_does_not_answer_is_told() {
     let server = Server::start();
     let nobody = Some(format!("http://127.0.0.1:{}", free_port()));
-    let objects = Objects::from(S3::new(S3Settings { endpoint: nobody, ..server.settings() }).unwrap());
+    let objects = Objects::from(S3::new(S3Settings { endpoint: nobody, ..settings(&server) }).unwrap());
     let error = objects.length("a").await.unwrap_err();
     assert_eq!((error.kind, error.hint.is_some()), (ErrorKind::Unavailable, true), "{error}");
 
     // Takes connections and says nothing.
     let silent = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let endpoint = Some(format!("http://{}", silent.local_addr().unwrap()));
-    let settings = S3Settings { endpoint, deadline: Duration::from_millis(600), ..server.settings() };
+    let settings = S3Settings { endpoint, deadline: Duration::from_millis(600), ..settings(&server) };
     let objects = Objects::from(S3::new(settings).unwrap());
     let begun = Instant::now();
     for error in
@@ -175,17 +116,16 @@ async fn a_server_that_is_not_there_or_does_not_answer_is_told() {
 /// No server here has a certificate; that the client gets as far as TLS shows that it has a provider.
 #[tokio::test]
 async fn tls_is_there() {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    let port = listener.local_addr().unwrap().port();
-    let hello = tokio::task::spawn_blocking(move || {
-        let (mut connection, _) = listener.accept().unwrap();
+    let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let endpoint = format!("https://{}", listener.local_addr().unwrap());
+    let hello = async move {
+        let (mut connection, _) = listener.accept().await.unwrap();
         let mut first = [0; 3];
-        std::io::Read::read_exact(&mut connection, &mut first).unwrap();
+        tokio::io::AsyncReadExt::read_exact(&mut connection, &mut first).await.unwrap();
         first
-    });
-    let server = Server::start();
-    let endpoint = Some(format!("https://127.0.0.1:{port}"));
-    let settings = S3Settings { endpoint, allow_http: false, deadline: Duration::from_secs(2), ..server.settings() };
+    };
+    let hello = tokio::spawn(tokio::time::timeout(Duration::from_secs(20), hello));
+    let settings = S3Settings { allow_http: false, deadline: Duration::from_secs(2), ..at(endpoint) };
     assert!(S3::new(settings).unwrap().check().await.is_err());
-    assert_eq!(hello.await.unwrap()[..2], [0x16, 0x03], "a handshake of TLS");
+    assert_eq!(hello.await.unwrap().unwrap()[..2], [0x16, 0x03], "a handshake of TLS");
 }

@@ -316,7 +316,10 @@ fn a_catalog_of_the_first_version_is_brought_up() {
     catalog.blocking_set_root(root("web", None, chunk(0)), 11).unwrap();
     drop(catalog);
     let bare = rusqlite::Connection::open(&path).unwrap();
-    bare.execute_batch("DROP TABLE counter; DROP TABLE gone; UPDATE schema_version SET version = 1").unwrap();
+    bare.execute_batch(
+        "DROP TABLE counter; DROP TABLE gone; DROP TABLE store_identity; UPDATE schema_version SET version = 1",
+    )
+    .unwrap();
     drop(bare);
     let catalog = Catalog::open(&path).unwrap();
     let (roots, seen) = catalog.blocking_see_roots().unwrap();

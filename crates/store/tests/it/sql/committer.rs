@@ -26,6 +26,7 @@ static NOTES: Component = Component {
         ) STRICT;
     "],
     user_version: false,
+    exclusive: false,
     lock: 7,
     cache_kib: 1024,
     checkpoint_pages: 100,

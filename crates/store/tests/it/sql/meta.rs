@@ -9,7 +9,7 @@ use burgeon_store::meta::{Meta, VmRow};
 
 use super::{Home, on_both_engines};
 
-pub(super) fn row(name: &str) -> VmRow {
+pub(crate) fn row(name: &str) -> VmRow {
     VmRow {
         id: VmId::generate(),
         name: name.into(),
@@ -82,4 +82,24 @@ async fn what_is_kept_is_there_after_opening_again(home: Home) {
     drop(meta);
     let meta = Meta::open(&home.address).unwrap();
     assert_eq!(meta.vms().await.unwrap(), [VmRow { launched: true, ..web }]);
+}
+
+/// On a server, one process at a time writes meta; the others are told who does.
+#[tokio::test]
+async fn a_second_writer_of_meta_is_refused_by_name() {
+    let mut server = super::server::Server::new();
+    let address = server.new_database();
+    let meta = Meta::open(&address).unwrap();
+    meta.create_vm(row("web")).await.unwrap();
+    let open = || Meta::open(&address).err();
+    let error = open().unwrap();
+    assert_eq!(error.kind, ErrorKind::Conflict);
+    assert!(error.message.contains("burgeon meta, process") && error.hint.is_some(), "{error}");
+    // The lock is held on the connection that writes, and comes back with it.
+    server.stop();
+    server.start();
+    meta.create_vm(row("second")).await.unwrap();
+    assert_eq!(open().unwrap().kind, ErrorKind::Conflict);
+    drop(meta);
+    assert_eq!(Meta::open(&address).unwrap().vms().await.unwrap().len(), 2);
 }

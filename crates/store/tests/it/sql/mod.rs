@@ -4,9 +4,9 @@ mod catalog;
 mod committer;
 mod fence;
 mod kills;
-mod meta;
+pub(crate) mod meta;
 mod opening;
-mod server;
+pub(crate) mod server;
 
 use burgeon_store::sql::Address;
 
