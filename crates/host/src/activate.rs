@@ -209,7 +209,7 @@ async fn go_on(
     phases.enter("load");
     frozen.devices.load(&qmp).await?;
     phases.enter("resume");
-    let agent = connect_agent(directory, &launch.name, deadline).await?;
+    let agent = connect_agent(directory, &launch.name, true, deadline).await?;
     if record.docked.is_some() {
         // From here on its disk may change, and the kept memory does not fit it any more.
         let going_on = Record { docked: None, ..record.clone() };

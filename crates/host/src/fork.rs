@@ -56,8 +56,8 @@ struct Running<'a> {
 
 /// Where what is captured goes.
 enum Into {
-    /// Above the base that the VM began with.
-    Above(Arc<Base>),
+    /// Above the base that the VM began with, and aside, where there is room for it.
+    Above { base: Arc<Base>, aside: Base },
     /// Into a base of its own, which holds the old one already.
     New { base: Arc<Base>, above: bool },
 }
@@ -232,14 +232,18 @@ impl Gate {
         // How much it will be, before it stands still.
         let estimate = {
             let (memory, scope) = (running.memory.clone(), running.scope);
-            blocking(move || memory.pages(scope).map(|pages| bytes(&pages))).await?
+            blocking(move || memory.pages(scope)).await?
         };
-        let into = match (way(self.base.as_ref().map(|base| base.held()), estimate, count), &self.base) {
-            (Way::Above, Some(base)) => Into::Above(base.clone()),
+        let into = match (way(self.base.as_ref().map(|base| base.held()), bytes(&estimate), count), &self.base) {
+            (Way::Above, Some(base)) => {
+                let aside = Base::empty(base.length())?;
+                aside.reserve(&estimate)?;
+                Into::Above { base: base.clone(), aside }
+            }
             _ => self.new_base()?,
         };
         let base = match &into {
-            Into::Above(base) | Into::New { base, .. } => base.clone(),
+            Into::Above { base, .. } | Into::New { base, .. } => base.clone(),
         };
         let source = self.record.launch.id;
         let (state_of_all, awaited) = watch::channel(None);
@@ -344,7 +348,7 @@ async fn still(
         let pages = memory.pages(scope)?;
         let copied = bytes(&pages);
         Ok(match into {
-            Into::Above(base) => (base, Some(memory.capture(pages)?), copied),
+            Into::Above { base, aside } => (base, Some(memory.capture(pages, aside)?), copied),
             Into::New { base, above: true } => {
                 memory.overwrite(&pages, &base)?;
                 (base, None, copied)

@@ -53,6 +53,8 @@ use crate::{
 /// How long a guest may take to its agent's first word before it is started again.
 const BOOT_DEADLINE: Duration = Duration::from_secs(60);
 const BOOT_TRIES: u32 = 2;
+/// When a guest that goes on from a captured state is greeted once more.
+const AT_REST_AGAIN: Duration = Duration::from_millis(700);
 /// How long QEMU may take to open its sockets.
 pub(crate) const MONITOR_DEADLINE: Duration = Duration::from_secs(20);
 
@@ -386,17 +388,27 @@ async fn connect_socket(path: &Path, deadline: Instant) -> Result<UnixStream> {
     }
 }
 
-/// Opens the channel to the agent and begins a session on it.
-pub(crate) async fn connect_agent(directory: &Path, name: &str, deadline: Instant) -> Result<AgentClient> {
+/// Opens the channel to the agent and begins a session on it. `at_rest`: the guest goes on from a captured state.
+pub(crate) async fn connect_agent(
+    directory: &Path,
+    name: &str,
+    at_rest: bool,
+    deadline: Instant,
+) -> Result<AgentClient> {
     let stream = connect_socket(&directory.join(file::QEMU_DIRECTORY).join(file::AGENT), deadline).await?;
     let mut session = [0; 16];
     rustix::rand::getrandom(&mut session, rustix::rand::GetRandomFlags::empty())
         .map_err(|error| Error::io("take random bytes", &error.into()))?;
-    Ok(AgentClient::connect(stream, ChannelOptions::new(session, name, clock_ns)))
+    let mut options = ChannelOptions::new(session, name, clock_ns);
+    if at_rest {
+        options.at_rest = true;
+        options.hello_interval = AT_REST_AGAIN;
+    }
+    Ok(AgentClient::connect(stream, options))
 }
 
 async fn attach_agent(directory: &Path, name: &str, deadline: Instant) -> Result<(AgentClient, GuestView)> {
-    let client = connect_agent(directory, name, deadline).await?;
+    let client = connect_agent(directory, name, false, deadline).await?;
     let mut events = client.events();
     let about = client.wait_ready(deadline).await?;
     // A failed start is told right behind the welcome: an answer that comes after it makes sure of that.

@@ -12,7 +12,7 @@
 use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
 
 use burgeon_api::{Error, Result};
-use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
 
 use crate::process::{Identity, identity_of};
 
@@ -76,6 +76,17 @@ impl Base {
     /// The system's.
     pub fn data(&self) -> Result<Vec<Range<u64>>> {
         data(&self.file)
+    }
+
+    /// Takes the room for pages that are going to be copied, so that copying does not wait for it.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn reserve(&self, pages: &[Range<u64>]) -> Result<()> {
+        pages.iter().try_for_each(|range| {
+            rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, range.start, range.end - range.start)
+                .map_err(|error| failed("take room for a memory")(error.into()))
+        })
     }
 
     /// Takes over what another base holds.
@@ -230,12 +241,11 @@ impl Guest {
         pages.iter().try_for_each(|range| copy(range.clone(), |at, buffer| self.read(at, buffer), write))
     }
 
-    /// Copies pages aside.
+    /// Copies pages aside, into a memory that holds zeros.
     ///
     /// # Errors
     /// The system's.
-    pub fn capture(&self, pages: Vec<Range<u64>>) -> Result<Written> {
-        let memory = Base::empty(self.length)?;
+    pub fn capture(&self, pages: Vec<Range<u64>>, memory: Base) -> Result<Written> {
         self.overwrite(&pages, &memory)?;
         Ok(Written { memory, pages })
     }
@@ -346,7 +356,9 @@ mod tests {
         let guest = open(source);
         let pages = guest.pages(Scope::Written).unwrap();
         assert_eq!(pages, [2 * PAGE..3 * PAGE, 5 * PAGE..7 * PAGE]);
-        let written = guest.capture(pages.clone()).unwrap();
+        let aside = Base::empty(length).unwrap();
+        aside.reserve(&pages).unwrap();
+        let written = guest.capture(pages.clone(), aside).unwrap();
         of_source[8 * 4096] = 4;
         open(child).apply(&written).unwrap();
         assert_eq!((of_child[2 * 4096], of_child[6 * 4096], of_child[8 * 4096]), (0, 9, 0));

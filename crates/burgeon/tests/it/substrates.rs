@@ -184,7 +184,9 @@ fn two_hundred_clones_draw_nothing_twice() {
             let known = lab.said(vm, "cat /tmp/drawn");
             assert!(known.lines().count() > 1);
             known.lines().for_each(|uuid| *drawn.entry(uuid.to_string()).or_default() += 1);
-            let receipt = lab.receipt(vm);
+        }
+        for vm in vms.as_array().unwrap() {
+            let receipt = &vm["on_host"]["receipt"];
             shown.extend(["generation", "sample", "boot_id"].map(|key| receipt[key].to_string()));
         }
         lab.run(&[&["vm", "rm"], names.as_slice()].concat()).good();

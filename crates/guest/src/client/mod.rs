@@ -34,6 +34,9 @@ pub struct Options {
     pub request_deadline: Duration,
     /// Hello is repeated in these intervals until it is answered.
     pub hello_interval: Duration,
+    /// The agent is known to stand between two frames, as it does in a captured state: then it gets no zeros before the
+    /// first Hello, which a guest that has just gone on takes long to read. They come before a repeated one.
+    pub at_rest: bool,
     /// Stray bytes within ten seconds, after which the channel is declared damaged.
     pub noise_limit: u64,
 }
@@ -47,6 +50,7 @@ impl Options {
             clock,
             request_deadline: Duration::from_secs(30),
             hello_interval: Duration::from_secs(2),
+            at_rest: false,
             noise_limit: 1 << 20,
         }
     }

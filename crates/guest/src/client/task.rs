@@ -148,7 +148,9 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite>(
         noise_told: 0,
         noise_span: (now, 0),
     };
-    task.out.resize(FLUSH_BYTES, 0);
+    if !task.options.at_rest {
+        task.out.resize(FLUSH_BYTES, 0);
+    }
     task.hello();
     let mut repeat = now + interval;
     let error = loop {
@@ -177,7 +179,12 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite>(
             () = sleep_until(repeat), if !task.attached => {
                 repeat = Instant::now() + interval;
                 // What the guest has not taken yet needs no repetition.
-                if !has_output { task.hello(); }
+                if !has_output {
+                    if std::mem::take(&mut task.options.at_rest) {
+                        task.out.resize(FLUSH_BYTES, 0);
+                    }
+                    task.hello();
+                }
                 Ok(())
             },
         };
