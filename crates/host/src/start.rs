@@ -5,7 +5,7 @@
 //!             |          |        |
 //!             +----------+--------+--> failed (the process is killed, the reason told)
 //! ```
-//! Under emulation on a busy host a guest kernel now and then hangs at boot; such a VM is started once more.
+//! Under emulation on a busy host a guest kernel now and then hangs or panics at boot; such a VM is started once more.
 
 use std::{
     path::{Path, PathBuf},
@@ -208,7 +208,9 @@ pub(crate) async fn bring_up(
                 phases.enter("ready");
                 return Ok(up);
             }
-            Err(error) if error.kind == ErrorKind::Deadline && attempt < BOOT_TRIES => {
+            Err(error)
+                if matches!(error.kind, ErrorKind::Deadline | ErrorKind::Unavailable) && attempt < BOOT_TRIES =>
+            {
                 tracing::warn!(vm = %launch.name, %error, "the guest did not come up; it is started once more");
                 last = Some(error);
             }
@@ -356,7 +358,7 @@ async fn connect(directory: &Path, launch: &Launch, process: Arc<Process>, phase
             _ => error,
         })?,
         () = process.ended() => return Err(ended()),
-        () = reset => return Err(Error::internal(format!("the guest reset itself while booting: {}", said()))),
+        () = reset => return Err(Error::unavailable(format!("the guest reset itself while booting: {}", said()))),
     };
     up.guest = Some(agent.1);
     up.agent = Some(agent.0);

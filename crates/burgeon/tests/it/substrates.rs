@@ -170,15 +170,15 @@ fn two_hundred_clones_draw_nothing_twice() {
         "-p",
         "tiny",
         "--warm",
-        DRAWS,
+        &DRAWS.replace("5000", "100000"),
         "--ready",
         "test -s /tmp/drawn",
     ])
     .good();
     let mut drawn: BTreeMap<String, u32> = BTreeMap::new();
     let mut shown: BTreeSet<String> = BTreeSet::new();
-    for _ in 0..8 {
-        let vms = lab.json(&["vm", "create", "-s", "base", "-c", "25"]);
+    for _ in 0..20 {
+        let vms = lab.json(&["vm", "create", "-s", "base", "-c", "10"]);
         let names: Vec<&str> = vms.as_array().unwrap().iter().map(|vm| vm["name"].as_str().unwrap()).collect();
         for vm in &names {
             let known = lab.said(vm, "cat /tmp/drawn");
