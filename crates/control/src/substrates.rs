@@ -1,10 +1,12 @@
 //! Substrates on their way: a VM is booted, warmed up and captured by its host; and VMs that go on from others.
 
+use std::collections::BTreeSet;
+
 use burgeon_api::{
     Error, ErrorKind, Result, VmId,
     host::{Begin, Source},
     image::Image,
-    substrate::{Forked, SubstrateView},
+    substrate::{Child, Forked, SubstrateView},
     vm::{Intent, Observed},
 };
 use burgeon_plan::vm::is_over;
@@ -170,6 +172,9 @@ pub(crate) fn rows(source: &VmRow, image: &Image, begin: Begin, ids: &[VmId], na
     if !names.is_empty() && names.len() != ids.len() {
         return Err(Error::invalid(format!("{} names for {} VMs", names.len(), ids.len())));
     }
+    if ids.iter().collect::<BTreeSet<_>>().len() != ids.len() {
+        return Err(Error::invalid("an id is given twice"));
+    }
     let row = |(index, id): (usize, &VmId)| VmRow {
         id: *id,
         name: names.get(index).cloned().unwrap_or_else(|| format!("{}-{}", source.name, id.short())),
@@ -188,19 +193,22 @@ pub(crate) fn rows(source: &VmRow, image: &Image, begin: Begin, ids: &[VmId], na
     Ok(ids.iter().enumerate().map(row).collect())
 }
 
-/// Records VMs: all of them, or none.
+/// Records VMs: all of them, or none. Asking again with the same ids changes nothing.
 ///
 /// # Errors
-/// That of the first that cannot be.
+/// `Conflict` where some of the ids are there and others are not; that of the first that cannot be recorded.
 pub(crate) async fn record(state: &Shared, rows: Vec<VmRow>) -> Result<Vec<VmRow>> {
+    let there = there(state, &rows).await?;
+    if !there.is_empty() {
+        return Ok(there);
+    }
     let mut made = Vec::new();
     for row in rows {
         match state.create_vm(row).await {
             Ok(row) => made.push(row),
             Err(error) => {
-                for row in made {
-                    state.intend(row.id, Intent::Removed, None).await?;
-                }
+                let ids: Vec<VmId> = made.iter().map(|row| row.id).collect();
+                remove(state, &ids).await?;
                 return Err(error);
             }
         }
@@ -208,10 +216,30 @@ pub(crate) async fn record(state: &Shared, rows: Vec<VmRow>) -> Result<Vec<VmRow
     Ok(made)
 }
 
-/// Forks a running VM.
+/// The rows that an earlier request has made: all of them, or none.
+async fn there(state: &Shared, rows: &[VmRow]) -> Result<Vec<VmRow>> {
+    let known = state.meta.vms().await?;
+    let made = |row: &VmRow| known.iter().find(|known| known.id == row.id).cloned();
+    let there: Vec<VmRow> = rows.iter().filter_map(made).collect();
+    let same = there.iter().zip(rows).all(|(known, row)| known.name == row.name && known.source == row.source);
+    if there.is_empty() || (there.len() == rows.len() && same) {
+        return Ok(there);
+    }
+    let names: Vec<&str> = there.iter().map(|row| row.name.as_str()).collect();
+    Err(Error::conflict(format!("ids of this request belong to VMs that are there: {}", names.join(" "))))
+}
+
+async fn remove(state: &Shared, ids: &[VmId]) -> Result<()> {
+    for id in ids {
+        state.intend(*id, Intent::Removed, None).await?;
+    }
+    Ok(())
+}
+
+/// Forks a running VM. Asking again with the same ids makes no others.
 ///
 /// # Errors
-/// Those of the rows, and the host's; then there are no children.
+/// Those of the rows, and the host's; with `all_or_nothing` that of any child. Then there are no children.
 pub(crate) async fn fork(
     state: &Shared,
     source: VmRow,
@@ -221,30 +249,42 @@ pub(crate) async fn fork(
 ) -> Result<Forked> {
     let image = state.host.image_of(source.id).await?;
     let rows = rows(&source, &image, Begin::Fork, &ids, &names)?;
+    let there = there(state, &rows).await?;
+    if !there.is_empty() {
+        let children = there.into_iter().map(|row| Child { id: row.id, name: row.name, error: None }).collect();
+        return Ok(Forked { children, ..Forked::default() });
+    }
     state.forking.send_modify(|forking| forking.extend(&ids));
     let forked = async {
         let rows = record(state, rows).await?;
-        let mut children = Vec::new();
-        for row in &rows {
-            children.push(state.launch_at(row, Begin::Fork).await?);
-        }
-        let forked = state.host.fork(source.id, children, all_or_nothing).await;
-        let failed = |id: &VmId| match &forked {
-            Ok(forked) => forked.children.iter().any(|child| child.id == *id && child.error.is_some()),
+        let made = at_one_instant(state, source.id, &rows, all_or_nothing).await;
+        let (gone, stay): (Vec<VmId>, Vec<VmId>) = ids.iter().partition(|id| match &made {
+            Ok(forked) => forked.children.iter().any(|child| child.id == **id && child.error.is_some()),
             Err(_) => true,
-        };
-        for id in ids.iter().filter(|id| failed(id)) {
-            state.intend(*id, Intent::Removed, None).await?;
+        });
+        remove(state, &gone).await?;
+        for id in stay {
+            state.meta.set_observed(id, Observed::Running, true).await?;
         }
-        for id in ids.iter().filter(|id| !failed(id)) {
-            state.meta.set_observed(*id, Observed::Running, true).await?;
-        }
-        forked
+        made
     }
     .await;
     state.forking.send_modify(|forking| forking.retain(|id| !ids.contains(id)));
     state.kick.notify_one();
     forked
+}
+
+async fn at_one_instant(state: &Shared, source: VmId, rows: &[VmRow], all_or_nothing: bool) -> Result<Forked> {
+    let mut launches = Vec::new();
+    for row in rows {
+        launches.push(state.launch_at(row, Begin::Fork).await?);
+    }
+    let forked = state.host.fork(source, launches, all_or_nothing).await?;
+    let failed = forked.children.iter().find_map(|child| Some((child, child.error.clone()?)));
+    match failed {
+        Some((child, error)) if all_or_nothing => Err(error.context(format!("fork {}", child.name))),
+        _ => Ok(forked),
+    }
 }
 
 /// Lets a parked VM go on. Any other stays as it is.

@@ -29,7 +29,7 @@ use burgeon_qemu::{
 };
 use tokio::{
     sync::{mpsc, watch},
-    time::{Instant, timeout},
+    time::{Instant, timeout, timeout_at},
 };
 
 use crate::{
@@ -118,13 +118,14 @@ impl Gate {
         let Some(agent) = &self.agent else { return refused("its agent does not answer") };
         let Some(process) = &self.record.process else { return refused("its process is not known") };
         let memory = Guest::open(process, state::memory_address(monitor).await?, launch.profile.memory.bytes())?;
-        // Without its base at hand, whatever is not zero must be taken for its own.
-        let scope = if launch.begin.is_activation() && self.base.is_none() { Scope::All } else { Scope::Written };
+        // Who has a receipt stands above a base. Without that at hand, whatever is not zero must be taken for its own.
+        let above = self.record.receipt.is_some();
+        let scope = if above && self.base.is_none() { Scope::All } else { Scope::Written };
         let directory = context.layout.vm(launch.id);
         Ok(Running { monitor, agent, memory: Arc::new(memory), scope, directory })
     }
 
-    /// Captures the VM, with what `during` does while it stands still, and lets it go on unless `stay` says otherwise.
+    /// Captures the VM, with what `during` does while it stands still. What becomes of it then, `end` says.
     async fn capture(
         &self,
         running: &Running<'_>,
@@ -248,8 +249,7 @@ impl Gate {
         let source = self.record.launch.id;
         let (state_of_all, awaited) = watch::channel(None);
         let (waiting, mut told) = mpsc::unbounded_channel();
-        let mut outcome: HashMap<VmId, Result<()>> = HashMap::new();
-        let mut expected: Vec<VmId> = Vec::new();
+        let mut refused: HashMap<VmId, Error> = HashMap::new();
         for launch in &children {
             let claim = Claim {
                 origin: format!("fork of VM {}", self.record.launch.name),
@@ -259,9 +259,8 @@ impl Gate {
                 frozen: awaited.clone(),
                 waiting: Some(waiting.clone()),
             };
-            match registry.launch(launch.clone(), Some(claim)).await {
-                Ok(()) => expected.push(launch.id),
-                Err(error) => drop(outcome.insert(launch.id, Err(error))),
+            if let Err(error) = registry.launch(launch.clone(), Some(claim)).await {
+                refused.insert(launch.id, error);
             }
         }
         drop((waiting, awaited));
@@ -307,8 +306,8 @@ impl Gate {
             .iter()
             .zip(reasons)
             .map(|(launch, error)| {
-                let refused = outcome.remove(&launch.id).and_then(Result::err);
-                Child { id: launch.id, name: launch.name.clone(), error: refused.or(error) }
+                let error = refused.remove(&launch.id).or(error);
+                Child { id: launch.id, name: launch.name.clone(), error }
             })
             .collect();
         Ok(Forked { children, paused_us: stood_us, copied: ByteSize(copied) })
@@ -316,7 +315,7 @@ impl Gate {
 
     /// Waits until each child runs or has failed; why it has.
     async fn reasons(&self, registry: &Registry, children: &[Launch]) -> Vec<Option<Error>> {
-        let mut reasons = Vec::new();
+        let (mut reasons, until) = (Vec::new(), Instant::now() + SETTLED);
         for launch in children {
             let come_up = async {
                 let mut handle = registry.get(launch.id).await?;
@@ -330,7 +329,7 @@ impl Gate {
                     _ => Ok(()),
                 }
             };
-            let outcome = timeout(SETTLED, come_up).await;
+            let outcome = timeout_at(until, come_up).await;
             reasons.push(outcome.unwrap_or_else(|_| Err(Error::deadline("it has not come up"))).err());
         }
         reasons

@@ -83,6 +83,10 @@ async fn own(
         match ask {
             Ask::Launch { launch, claim, reply } => {
                 let outcome = match vms.entry(launch.id) {
+                    // A fork is at an instant, and the VM that is there is of another.
+                    Entry::Occupied(_) if claim.is_some() => {
+                        Err(Error::conflict(format!("VM {} is on this host already", launch.name)))
+                    }
                     // Asked twice is as good as once.
                     Entry::Occupied(_) => Ok(()),
                     Entry::Vacant(place) => {

@@ -695,7 +695,8 @@ impl Owner {
                 .with_hint("try again once it runs or has stopped"));
         }
         let guard = self.gate.clone().try_lock_owned().map_err(|_| {
-            Error::conflict(format!("the disks of VM {name} are being changed by somebody else")).with_hint("try again")
+            Error::conflict(format!("VM {name} is being captured, or its disks changed, by somebody else"))
+                .with_hint("try again")
         })?;
         Ok(Gate {
             _guard: guard,
@@ -722,8 +723,11 @@ impl Owner {
             let name = &self.record.launch.name;
             return Err(Error::conflict(format!("the disks of VM {name} are being changed")));
         };
+        // One that boots is nobody's copy any more; one that goes on gets a new receipt.
+        let receipt = self.record.receipt.clone().filter(|_| self.record.docked.is_some());
         let record = Record {
             starts,
+            receipt,
             process: None,
             limits: Vec::new(),
             awaits_receipt: false,
