@@ -17,9 +17,9 @@ use burgeon_api::{
 };
 use burgeon_guest::client::AgentClient;
 use burgeon_qemu::{
-    command::{arguments, file},
+    command::file,
     memory::{Base, Guest},
-    process::{self, Process, RunAs, log_tail},
+    process::{self, Process, log_tail},
     state,
 };
 use tokio::{
@@ -33,10 +33,7 @@ use crate::{
     plug::blocking,
     prepare,
     record::Record,
-    start::{
-        self, Context, KillUnlessUp, MONITOR_DEADLINE, Phases, Step, Up, clock_ns, connect_agent, connect_monitor,
-        group_name, standing_limits,
-    },
+    start::{self, Context, MONITOR_DEADLINE, Phases, Step, Up, clock_ns, connect_agent, connect_monitor},
 };
 
 /// How long the guest may take to renew itself, its own programs for that included.
@@ -126,41 +123,17 @@ pub(crate) async fn bring_up(
         let (directory, source) = (directory.to_path_buf(), claim.source);
         blocking(move || {
             prepare::prepare_activation(&layout, &directory, &of_launch, source, run_as)?;
-            let owner = match run_as {
-                RunAs::User { number, .. } => Some(number),
-                RunAs::Same => None,
-            };
-            disks.serve_late(&of_launch, source, owner)?;
+            disks.serve_late(&of_launch, source, run_as.user())?;
             disks.attached(source)
         })
         .await?
     };
     let machine = prepare::activation(launch, claim.accelerator, attached, &claim.base);
-    let identity = process::start(
-        &context.qemu.program,
-        &arguments(&machine),
-        &directory.join(file::QEMU_DIRECTORY),
-        &directory.join(file::QEMU_LOG),
-        run_as,
-        Some(claim.base.file().as_fd()),
-    )?;
-    let process = Arc::new(Process::hold(&identity).map_err(|_| {
-        Error::internal(format!("QEMU ended at once: {}", log_tail(&directory.join(file::QEMU_LOG), 600)))
-    })?);
-    let mut guard = KillUnlessUp { process: process.clone(), armed: true };
-    let mut limits = context.groups.limit(&group_name(launch), identity.pid, &launch.profile);
-    limits.extend(standing_limits(run_as));
-    let started = Record {
-        accelerator: claim.accelerator,
-        host_boot_id: process::host_boot_id(),
-        process: Some(identity),
-        limits,
-        receipt: None,
-        awaits_receipt: true,
-        ended: None,
-        ..record.clone()
-    };
-    started.store(directory)?;
+    let awaiting = Record { accelerator: claim.accelerator, receipt: None, awaits_receipt: true, ..record.clone() };
+    let memory = claim.base.clone();
+    let (mut guard, started) =
+        start::spawn(context, directory, awaiting, &machine, run_as, Some(memory.file().as_fd()))?;
+    let process = guard.process.clone();
     tell(Step::Started { record: Box::new(started.clone()) });
     let going_on = go_on(context, directory, &started, &mut claim, process.clone(), &mut phases);
     let up = tokio::select! {

@@ -14,7 +14,7 @@ use burgeon_guest::client::AgentClient;
 use burgeon_qemu::{
     command::{disk_device, disk_node, node_name},
     memory::Base,
-    process::{RunAs, run_as},
+    process::run_as,
     qmp::Qmp,
 };
 use serde_json::json;
@@ -89,10 +89,7 @@ impl Gate {
     }
 
     fn owner(&self) -> Option<u32> {
-        match run_as(self.record.launch.id.uuid().as_u128(), self.record.accelerator) {
-            RunAs::User { number, .. } => Some(number),
-            RunAs::Same => None,
-        }
+        run_as(self.record.launch.id.uuid().as_u128(), self.record.accelerator).user()
     }
 
     async fn attach(self, disks: &Arc<Disks>, key: Key, begin: Begin) -> Result<DiskChanged> {

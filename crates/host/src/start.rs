@@ -8,6 +8,7 @@
 //! Under emulation on a busy host a guest kernel now and then hangs or panics at boot; such a VM is started once more.
 
 use std::{
+    os::fd::BorrowedFd,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -22,7 +23,7 @@ use burgeon_api::{
 };
 use burgeon_guest::client::{AgentClient, AgentEvent, Options as ChannelOptions};
 use burgeon_qemu::{
-    command::{arguments, file},
+    command::{Machine, arguments, file},
     facts::Qemu,
     memory::Base,
     probe::{self, Verdict, Wish},
@@ -234,34 +235,37 @@ async fn try_once(
     prepare::prepare(&context.layout, directory, launch, disk, context.agent, run_as).await?;
     let attached = serve_disks(&context.disks, launch, run_as, disk == Disk::New).await?;
     phases.enter("start");
-    let words = arguments(&prepare::machine(launch, accelerator, attached));
-    let identity = process::start(
-        &context.qemu.program,
-        &words,
-        &directory.join(file::QEMU_DIRECTORY),
-        &directory.join(file::QEMU_LOG),
-        run_as,
-        None,
-    )?;
-    let process = Arc::new(Process::hold(&identity).map_err(|_| {
-        Error::internal(format!("QEMU ended at once: {}", log_tail(&directory.join(file::QEMU_LOG), 600)))
-    })?);
-    let mut guard = KillUnlessUp { process: process.clone(), armed: true };
-    let mut limits = context.groups.limit(&group_name(launch), identity.pid, &launch.profile);
-    limits.extend(standing_limits(run_as));
-    let record = Record {
-        accelerator,
-        host_boot_id: process::host_boot_id(),
-        process: Some(identity),
-        limits,
-        ended: None,
-        ..record.clone()
-    };
-    record.store(directory)?;
-    (phases.tell)(Step::Started { record: Box::new(record) });
-    let up = connect(directory, launch, process, phases).await?;
+    let machine = prepare::machine(launch, accelerator, attached);
+    let record = Record { accelerator, ..record.clone() };
+    let (mut guard, record) = spawn(context, directory, record, &machine, run_as, None)?;
+    phases.tell(Step::Started { record: Box::new(record) });
+    let up = connect(directory, launch, guard.process.clone(), phases).await?;
     guard.armed = false;
     Ok(up)
+}
+
+/// Starts QEMU and writes that down: a process that dies behind this line finds it again.
+pub(crate) fn spawn(
+    context: &Context,
+    directory: &Path,
+    record: Record,
+    machine: &Machine,
+    run_as: RunAs,
+    memory: Option<BorrowedFd<'_>>,
+) -> Result<(KillUnlessUp, Record)> {
+    let log = directory.join(file::QEMU_LOG);
+    let inside = directory.join(file::QEMU_DIRECTORY);
+    let identity = process::start(&context.qemu.program, &arguments(machine), &inside, &log, run_as, memory)?;
+    let process = Process::hold(&identity)
+        .map_err(|_| Error::internal(format!("QEMU ended at once: {}", log_tail(&log, 600))))?;
+    let guard = KillUnlessUp { process: Arc::new(process), armed: true };
+    let launch = &record.launch;
+    let mut limits = context.groups.limit(&group_name(launch), identity.pid, &launch.profile);
+    limits.extend(standing_limits(run_as));
+    let host_boot_id = process::host_boot_id();
+    let record = Record { host_boot_id, process: Some(identity), limits, ended: None, ..record };
+    record.store(directory)?;
+    Ok((guard, record))
 }
 
 /// Has the VM's disks served, in a thread that may wait; and tells which are plugged in beside the root.
@@ -271,16 +275,12 @@ pub(crate) async fn serve_disks(
     run_as: RunAs,
     new: bool,
 ) -> Result<Vec<Attached>> {
-    let owner = match run_as {
-        RunAs::User { number, .. } => Some(number),
-        RunAs::Same => None,
-    };
     let (disks, launch) = (disks.clone(), launch.clone());
     blocking(move || {
         if new {
             disks.create(&launch)?;
         }
-        disks.serve_all(&launch, owner)?;
+        disks.serve_all(&launch, run_as.user())?;
         disks.attached(launch.id)
     })
     .await
@@ -310,7 +310,7 @@ pub(crate) fn group_name(launch: &Launch) -> String {
     format!("burgeon-vm-{}", launch.id.short())
 }
 
-pub(crate) fn standing_limits(run_as: RunAs) -> [Limit; 2] {
+fn standing_limits(run_as: RunAs) -> [Limit; 2] {
     let user = match run_as {
         RunAs::User { number, .. } => ("enforced".to_string(), format!("QEMU runs as user {number}")),
         RunAs::Same if rustix::process::geteuid().is_root() => {

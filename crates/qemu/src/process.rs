@@ -36,6 +36,16 @@ pub enum RunAs {
     User { number: u32, group: Option<u32> },
 }
 
+impl RunAs {
+    /// The number of a user that is not ours.
+    pub fn user(self) -> Option<u32> {
+        match self {
+            RunAs::User { number, .. } => Some(number),
+            RunAs::Same => None,
+        }
+    }
+}
+
 /// Reads who a process is, if it is there and no zombie.
 pub fn identity_of(pid: u32) -> Option<Identity> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;

@@ -1,4 +1,4 @@
-//! Disks that QEMU has before they are made.
+//! Disks of VMs that are captured and of those that go on from them, which QEMU has before they are made.
 //!
 //! A QEMU that waits for a captured state has its disks open; which disk it is, is known when the state is. Until then
 //! it only looks at what the disk is going to be made of, and writes nothing.
@@ -8,8 +8,11 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+use burgeon_api::{Result, VmId, disk::ROOT, host::Launch};
 use burgeon_qemu::nbd::Export;
-use burgeon_store::disk::Disk;
+use burgeon_store::{ChunkId, catalog::NewRoot, disk::Disk};
+
+use super::{Disks, Key, MEMORY, Served, attached, lock, new_root, root};
 
 pub(crate) struct Late {
     before: Arc<Disk>,
@@ -73,5 +76,69 @@ impl Export for Late {
 
     fn hole(&self, offset: u64, end: u64) -> io::Result<(bool, u64)> {
         Export::hole(self.now(), offset, end)
+    }
+}
+
+impl Disks {
+    /// Seals the disks that a VM has plugged in, so that all of what they hold now lies below what is written later.
+    pub(crate) fn seal_all(&self, id: VmId) -> Result<()> {
+        let names = self.names(id);
+        names.into_iter().try_for_each(|name| self.disk(&(id, name))?.seal().map(drop))
+    }
+
+    /// The root that keeps a captured VM's memory. No disk can have its name.
+    pub(crate) fn memory_root(id: VmId, map: ChunkId) -> NewRoot {
+        new_root(&(id, MEMORY.to_string()), map)
+    }
+
+    /// Lets go of a VM's kept memory.
+    pub(crate) fn forget_memory(&self, id: VmId) -> Result<()> {
+        self.remove_roots(&format!("{id}/{MEMORY}/"))
+    }
+
+    /// Serves the disks of a VM that goes on from a captured state of `source`, before they are made.
+    pub(crate) fn serve_late(&self, launch: &Launch, source: VmId, owner: Option<u32>) -> Result<()> {
+        for name in self.in_use(launch, source)? {
+            let late = Arc::new(Late::new(self.disk(&(source, name.clone()))?));
+            let key = (launch.id, name);
+            let server = self.server(&key, late.clone(), owner)?;
+            lock(&self.served).insert(key, Served { _disk: None, late: Some(late), server });
+        }
+        Ok(())
+    }
+
+    /// Names of the disks that a VM of this image has plugged in.
+    fn in_use(&self, launch: &Launch, source: VmId) -> Result<Vec<String>> {
+        let beside = self.attached(source)?.into_iter().map(|attached| attached.disk);
+        Ok(root(launch)?.map(|_| ROOT.to_string()).into_iter().chain(beside).collect())
+    }
+
+    /// Makes the disks of a VM clones of those that `source` has plugged in.
+    pub(crate) fn clone_all(&self, launch: &Launch, source: VmId) -> Result<()> {
+        let attached = self.attached(source)?;
+        for name in self.in_use(launch, source)? {
+            let key = (launch.id, name);
+            let from = self.disk(&(source, key.1.clone()))?;
+            let directory = self.make_directory(&key)?;
+            let mut keep = |map| self.keep(&key, map);
+            let disk = from.clone_to(&directory, None, &mut keep, &self.open_base())?;
+            if disk.record().unstored().is_some() {
+                self.store_soon(&key);
+            }
+        }
+        if attached.is_empty() { Ok(()) } else { attached::store(&self.of_vm(launch.id), attached) }
+    }
+
+    /// Puts a VM's disks, which are made now, in the place of what is served for them.
+    pub(crate) fn bind_all(&self, id: VmId) -> Result<()> {
+        let late: Vec<(Key, Arc<Late>)> = lock(&self.served)
+            .iter()
+            .filter(|(key, _)| key.0 == id)
+            .filter_map(|(key, served)| Some((key.clone(), served.late.clone()?)))
+            .collect();
+        for (key, late) in late {
+            late.bind(self.disk(&key)?);
+        }
+        Ok(())
     }
 }

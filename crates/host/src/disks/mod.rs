@@ -248,6 +248,17 @@ impl Disks {
         Ok(())
     }
 
+    /// Removes the roots whose names begin so.
+    fn remove_roots(&self, prefix: &str) -> Result<()> {
+        let catalog = self.store()?.catalog();
+        for root in catalog.blocking_roots(Some(ROOT_KIND))? {
+            if root.name.starts_with(prefix) {
+                catalog.blocking_remove_root(ROOT_KIND, &root.name, None)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Makes a directory for a disk, in place of what an earlier try has left.
     fn make_directory(&self, key: &Key) -> Result<PathBuf> {
         let directory = self.directory(key);
@@ -344,75 +355,6 @@ impl Disks {
         Server::start(&vm.join(file::QEMU_DIRECTORY).join(&name), export, owner)
     }
 
-    /// Seals the disks that a VM has plugged in, so that all of what they hold now lies below what is written later.
-    pub(crate) fn seal_all(&self, id: VmId) -> Result<()> {
-        let names = self.names(id);
-        names.into_iter().try_for_each(|name| self.disk(&(id, name))?.seal().map(drop))
-    }
-
-    /// The root that keeps a captured VM's memory. No disk can have its name.
-    pub(crate) fn memory_root(id: VmId, map: ChunkId) -> NewRoot {
-        new_root(&(id, MEMORY.to_string()), map)
-    }
-
-    /// Lets go of a VM's kept memory.
-    pub(crate) fn forget_memory(&self, id: VmId) -> Result<()> {
-        let catalog = self.store()?.catalog();
-        let prefix = format!("{id}/{MEMORY}/");
-        for root in catalog.blocking_roots(Some(ROOT_KIND))? {
-            if root.name.starts_with(&prefix) {
-                catalog.blocking_remove_root(ROOT_KIND, &root.name, None)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Serves the disks of a VM that goes on from a captured state of `source`, before they are made.
-    pub(crate) fn serve_late(&self, launch: &Launch, source: VmId, owner: Option<u32>) -> Result<()> {
-        for name in self.in_use(launch, source)? {
-            let late = Arc::new(Late::new(self.disk(&(source, name.clone()))?));
-            let key = (launch.id, name);
-            let server = self.server(&key, late.clone(), owner)?;
-            lock(&self.served).insert(key, Served { _disk: None, late: Some(late), server });
-        }
-        Ok(())
-    }
-
-    /// Names of the disks that a VM of this image has plugged in.
-    fn in_use(&self, launch: &Launch, source: VmId) -> Result<Vec<String>> {
-        let beside = self.attached(source)?.into_iter().map(|attached| attached.disk);
-        Ok(root(launch)?.map(|_| ROOT.to_string()).into_iter().chain(beside).collect())
-    }
-
-    /// Makes the disks of a VM clones of those that `source` has plugged in.
-    pub(crate) fn clone_all(&self, launch: &Launch, source: VmId) -> Result<()> {
-        let attached = self.attached(source)?;
-        for name in self.in_use(launch, source)? {
-            let key = (launch.id, name);
-            let from = self.disk(&(source, key.1.clone()))?;
-            let directory = self.make_directory(&key)?;
-            let mut keep = |map| self.keep(&key, map);
-            let disk = from.clone_to(&directory, None, &mut keep, &self.open_base())?;
-            if disk.record().unstored().is_some() {
-                self.store_soon(&key);
-            }
-        }
-        if attached.is_empty() { Ok(()) } else { attached::store(&self.of_vm(launch.id), attached) }
-    }
-
-    /// Puts a VM's disks, which are made now, in the place of what is served for them.
-    pub(crate) fn bind_all(&self, id: VmId) -> Result<()> {
-        let late: Vec<(Key, Arc<Late>)> = lock(&self.served)
-            .iter()
-            .filter(|(key, _)| key.0 == id)
-            .filter_map(|(key, served)| Some((key.clone(), served.late.clone()?)))
-            .collect();
-        for (key, late) in late {
-            late.bind(self.disk(&key)?);
-        }
-        Ok(())
-    }
-
     /// Stops serving a disk.
     pub(crate) fn close(&self, key: &Key) {
         let served = lock(&self.served).remove(key);
@@ -438,18 +380,8 @@ impl Disks {
     pub(crate) fn forget(&self, id: VmId) {
         self.close_all(id);
         lock(&self.open).retain(|key, _| key.0 != id);
-        let forget = || -> Result<()> {
-            let prefix = format!("{id}/");
-            let catalog = self.store()?.catalog();
-            for root in catalog.blocking_roots(Some(ROOT_KIND))? {
-                if root.name.starts_with(&prefix) {
-                    catalog.blocking_remove_root(ROOT_KIND, &root.name, None)?;
-                }
-            }
-            Ok(())
-        };
         if self.layout.store().is_dir()
-            && let Err(error) = forget()
+            && let Err(error) = self.remove_roots(&format!("{id}/"))
         {
             tracing::warn!(vm = %id, %error, "what is below removed disks is kept until the host process starts again");
         }

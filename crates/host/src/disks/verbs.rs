@@ -187,14 +187,7 @@ impl Disks {
         fs::rename(&directory, &gone).map_err(failed)?;
         fs::remove_dir_all(&gone).map_err(failed)?;
         lock(&self.open).remove(key);
-        let catalog = self.store()?.catalog();
-        let prefix = format!("{}/{}/", key.0, key.1);
-        for root in catalog.blocking_roots(Some(super::ROOT_KIND))? {
-            if root.name.starts_with(&prefix) {
-                catalog.blocking_remove_root(super::ROOT_KIND, &root.name, None)?;
-            }
-        }
-        Ok(())
+        self.remove_roots(&format!("{}/{}/", key.0, key.1))
     }
 
     /// Makes a disk longer; who reads it must connect anew to know.
