@@ -175,20 +175,13 @@ pub(crate) fn rows(source: &VmRow, image: &Image, begin: Begin, ids: &[VmId], na
     if ids.iter().collect::<BTreeSet<_>>().len() != ids.len() {
         return Err(Error::invalid("an id is given twice"));
     }
-    let row = |(index, id): (usize, &VmId)| VmRow {
-        id: *id,
-        name: names.get(index).cloned().unwrap_or_else(|| format!("{}-{}", source.name, id.short())),
-        image: source.image.clone(),
-        profile: source.profile.clone(),
-        intent: Intent::Running,
-        observed: Observed::Pending,
-        launched: false,
-        pipeline: None,
-        version: 1,
-        created_s: now_s(),
-        starts: 0,
-        source: Some(CloneSource { source: Source { vm: source.id, snapshot: None }, image: image.clone(), begin }),
-        substrate: None,
+    let row = |(index, id): (usize, &VmId)| {
+        let name = names.get(index).cloned().unwrap_or_else(|| format!("{}-{}", source.name, id.short()));
+        let from = Source { vm: source.id, snapshot: None };
+        VmRow {
+            source: Some(CloneSource { source: from, image: image.clone(), begin }),
+            ..VmRow::new(*id, name, source.image.clone(), source.profile.clone(), now_s())
+        }
     };
     Ok(ids.iter().enumerate().map(row).collect())
 }

@@ -49,6 +49,27 @@ pub struct VmRow {
     pub substrate: Option<Recipe>,
 }
 
+impl VmRow {
+    /// A VM that is wanted, and that no host knows yet.
+    pub fn new(id: VmId, name: String, image: String, profile: Profile, created_s: u64) -> VmRow {
+        VmRow {
+            id,
+            name,
+            image,
+            profile,
+            intent: Intent::Running,
+            observed: Observed::Pending,
+            launched: false,
+            pipeline: None,
+            version: 1,
+            created_s,
+            starts: 0,
+            source: None,
+            substrate: None,
+        }
+    }
+}
+
 /// The VM that another one is cloned from, and the image that this one was started from: its kernel fits the disk,
 /// whatever has become of the image since.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -471,21 +492,7 @@ mod tests {
     }
 
     fn row(name: &str) -> VmRow {
-        VmRow {
-            id: VmId::generate(),
-            name: name.into(),
-            image: "tiny".into(),
-            profile: Profile::default(),
-            intent: Intent::Running,
-            observed: Observed::Pending,
-            launched: false,
-            pipeline: None,
-            version: 1,
-            created_s: 5,
-            starts: 0,
-            source: None,
-            substrate: None,
-        }
+        VmRow::new(VmId::generate(), name.into(), "tiny".into(), Profile::default(), 5)
     }
 
     #[tokio::test]

@@ -115,6 +115,12 @@ fn clones_and_forks_go_on_from_memory_and_are_nobodys_twins() {
     assert_eq!(lab.said("f-2", "cat /tmp/nonce; hostname"), format!("{nonce}\nf-2"));
     assert_ne!(lab.receipt("f-2")["generation"], before);
 
+    // So does one that was booted: from there on its memory stands above what was kept.
+    lab.vm("tiny", "cold", "tiny");
+    let sum = lab.said("cold", "head -c 9000000 /dev/urandom > /tmp/much; sha256sum < /tmp/much");
+    lab.run(&["vm", "park", "cold"]).good();
+    lab.run(&["vm", "start", "cold"]).good();
+
     // The next host process finds all of them, forks one whose base it does not hold, and docks the substrate again.
     let qemus: BTreeSet<u32> = lab.qemus().into_iter().collect();
     kill(lab.pid("host"), "KILL");
@@ -122,8 +128,10 @@ fn clones_and_forks_go_on_from_memory_and_are_nobodys_twins() {
     lab.run(&["fork", "c-2", "--name", "k"]).good();
     lab.run(&["vm", "create", "-s", "base", "--name", "l"]).good();
     assert_eq!((lab.said("k", "cat /tmp/nonce"), lab.said("l", "cat /tmp/nonce")), (nonce.clone(), nonce));
+    lab.run(&["fork", "cold", "--name", "warm"]).good();
+    assert_eq!(lab.said("warm", "sha256sum < /tmp/much"), sum);
     assert!(qemus.iter().all(|pid| is_running(*pid)));
-    lab.run(&["vm", "rm", "c-2", "c-3", "f-1", "f-2", "g", "h", "k", "l"]).good();
+    lab.run(&["vm", "rm", "c-2", "c-3", "f-1", "f-2", "g", "h", "k", "l", "cold", "warm"]).good();
     lab.run(&["substrate", "rm", "base"]).good();
     until("no QEMU is left", || lab.qemus().is_empty());
 }

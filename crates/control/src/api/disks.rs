@@ -8,7 +8,7 @@ use burgeon_api::{
     Error, VmId,
     disk::{AttachDisk, CloneVm, DetachDisk, DiskChanged, DiskChanges, DiskView, NameSnapshot, ResizeDisk, check_name},
     host::{Begin, DiskRequest, Source},
-    vm::{Intent, Observed, VmView},
+    vm::VmView,
 };
 use burgeon_store::meta::{CloneSource, VmRow};
 use serde::Deserialize;
@@ -170,24 +170,11 @@ async fn clone(
     if request.snapshot.is_none() {
         state.host.change_disk(source.id, DiskRequest::Sync).await?;
     }
+    let name = request.name.unwrap_or_else(|| format!("{}-{}", source.name, request.id.short()));
+    let from = Source { vm: source.id, snapshot: request.snapshot };
     let row = VmRow {
-        id: request.id,
-        name: request.name.unwrap_or_else(|| format!("{}-{}", source.name, request.id.short())),
-        image: source.image,
-        profile: source.profile,
-        intent: Intent::Running,
-        observed: Observed::Pending,
-        launched: false,
-        pipeline: None,
-        version: 1,
-        created_s: now_s(),
-        starts: 0,
-        source: Some(CloneSource {
-            source: Source { vm: source.id, snapshot: request.snapshot },
-            image,
-            begin: Begin::Boot,
-        }),
-        substrate: None,
+        source: Some(CloneSource { source: from, image, begin: Begin::Boot }),
+        ..VmRow::new(request.id, name, source.image, source.profile, now_s())
     };
     let row = state.create_vm(row).await?;
     Ok(Json(state.view(row)))

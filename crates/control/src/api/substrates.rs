@@ -10,7 +10,7 @@ use burgeon_api::{
     host::Begin,
     receipt::Receipt,
     substrate::{ActivateVms, CreateSubstrate, ForkVm, Forked, SubstrateView},
-    vm::{Intent, Observed, VmView},
+    vm::{Observed, VmView},
 };
 use burgeon_store::meta::VmRow;
 
@@ -70,21 +70,8 @@ async fn make(State(state): State<Shared>, Json(request): Json<CreateSubstrate>)
         )
         .into());
     }
-    let row = VmRow {
-        id: request.id,
-        name: request.name,
-        image: request.image,
-        profile: request.profile,
-        intent: Intent::Running,
-        observed: Observed::Pending,
-        launched: false,
-        pipeline: None,
-        version: 1,
-        created_s: now_s(),
-        starts: 0,
-        source: None,
-        substrate: Some(request.recipe),
-    };
+    let CreateSubstrate { id, name, image, profile, recipe } = request;
+    let row = VmRow { substrate: Some(recipe), ..VmRow::new(id, name, image, profile, now_s()) };
     let is_known = state.meta.vm(&row.id.to_string()).await.is_ok();
     let row = state.create_vm(row).await?;
     if !is_known {

@@ -68,21 +68,7 @@ async fn make(State(state): State<Shared>, Json(request): Json<CreateVm>) -> Ans
         Some(name) => name,
         None => format!("{}-{}", request.image, request.id.short()),
     };
-    let row = VmRow {
-        id: request.id,
-        name,
-        image: request.image,
-        profile: request.profile,
-        intent: Intent::Running,
-        observed: Observed::Pending,
-        launched: false,
-        pipeline: None,
-        version: 1,
-        created_s: now_s(),
-        starts: 0,
-        source: None,
-        substrate: None,
-    };
+    let row = VmRow::new(request.id, name, request.image, request.profile, now_s());
     let row = state.create_vm(row).await?;
     Ok(Json(state.view(row)))
 }

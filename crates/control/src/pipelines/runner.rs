@@ -511,20 +511,10 @@ impl VmStart {
 
     /// The VM of this name, up and with its files: the one that an earlier control process made, or a new one.
     async fn come_up(&self) -> Result<VmId> {
+        let (image, profile) = (self.step.image.clone(), self.step.profile.clone());
         let row = VmRow {
-            id: VmId::generate(),
-            name: self.name.clone(),
-            image: self.step.image.clone(),
-            profile: self.step.profile.clone(),
-            intent: Intent::Running,
-            observed: Observed::Pending,
-            launched: false,
             pipeline: Some(self.run),
-            version: 1,
-            created_s: now_s(),
-            starts: 0,
-            source: None,
-            substrate: None,
+            ..VmRow::new(VmId::generate(), self.name.clone(), image, profile, now_s())
         };
         let id = match self.state.meta.vm(&self.name).await {
             Ok(left) if left.pipeline == Some(self.run) && left.intent == Intent::Running => left.id,

@@ -8,8 +8,9 @@ use std::{
 
 use burgeon_api::{
     Result, VmId,
-    host::{Envelope, Reply, Request},
-    image::Boot,
+    host::{DiskRequest, Envelope, Launch, Reply, Request},
+    image::{Boot, Image},
+    substrate::{Child, Forked},
     vm::{Accelerator, HostVm, Observed},
 };
 use tokio::{
@@ -21,6 +22,7 @@ use tokio::{
 #[derive(Clone)]
 pub(crate) struct Host {
     vms: Arc<Mutex<BTreeMap<VmId, HostVm>>>,
+    images: Arc<Mutex<BTreeMap<VmId, Image>>>,
     /// Requests that have come, as `remove NAME`; and those that get no answer for now.
     pub(crate) asked: Arc<watch::Sender<Vec<String>>>,
     held: Arc<watch::Sender<BTreeSet<String>>>,
@@ -32,6 +34,7 @@ impl Host {
         let listener = UnixListener::bind(data.join("host.sock")).unwrap();
         let host = Host {
             vms: Arc::default(),
+            images: Arc::default(),
             asked: Arc::new(watch::Sender::new(Vec::new())),
             held: Arc::new(watch::Sender::new(BTreeSet::new())),
             changed: Arc::new(watch::Sender::new(0)),
@@ -115,24 +118,25 @@ impl Host {
             Request::List => return Ok(Reply::Vms(self.vms.lock().unwrap().values().cloned().collect())),
             Request::Launch(launch) => {
                 self.note("launch", &launch.name).await;
-                let vm = HostVm {
-                    id: launch.id,
-                    name: launch.name,
-                    observed: Observed::Running,
-                    pid: None,
-                    accelerator: Accelerator::Tcg,
-                    boot: Boot::Agent,
-                    limits: Vec::new(),
-                    guest: None,
-                    start_times: Vec::new(),
-                    resident: None,
-                    cpu_milliseconds: None,
-                    adoptions: 0,
-                    starts: 0,
-                    receipt: None,
-                    docked: None,
+                self.images.lock().unwrap().insert(launch.id, launch.image.clone());
+                self.vms.lock().unwrap().entry(launch.id).or_insert_with(|| running(launch.id, launch.name));
+            }
+            Request::Disk { vm, request: DiskRequest::Image } => {
+                let image = self.images.lock().unwrap().get(&vm).unwrap().clone();
+                return Ok(Reply::Image(Box::new(image)));
+            }
+            // A child whose name says so does not come up.
+            Request::Fork { vm, children, .. } => {
+                self.note("fork", &self.name(vm)).await;
+                let one = |launch: Launch| {
+                    let error = launch.name.ends_with("bad").then(|| burgeon_api::Error::unavailable("it is bad"));
+                    if error.is_none() {
+                        self.vms.lock().unwrap().insert(launch.id, running(launch.id, launch.name.clone()));
+                    }
+                    Child { id: launch.id, name: launch.name, error }
                 };
-                self.vms.lock().unwrap().entry(vm.id).or_insert(vm);
+                let children = children.into_iter().map(one).collect();
+                return Ok(Reply::Forked(Forked { children, ..Forked::default() }));
             }
             Request::Start { vm, starts } => {
                 self.note("start", &self.name(vm)).await;
@@ -153,6 +157,26 @@ impl Host {
             other => panic!("nobody plays {other:?}"),
         }
         Ok(Reply::Done)
+    }
+}
+
+fn running(id: VmId, name: String) -> HostVm {
+    HostVm {
+        id,
+        name,
+        observed: Observed::Running,
+        pid: None,
+        accelerator: Accelerator::Tcg,
+        boot: Boot::Agent,
+        limits: Vec::new(),
+        guest: None,
+        start_times: Vec::new(),
+        resident: None,
+        cpu_milliseconds: None,
+        adoptions: 0,
+        starts: 0,
+        receipt: None,
+        docked: None,
     }
 }
 

@@ -1,7 +1,8 @@
 //! One action for a VM at a time, and no VM waits for another's.
 
 use burgeon_api::{
-    ErrorKind,
+    ErrorKind, VmId,
+    substrate::Forked,
     vm::{Intent, Observed, VmView},
 };
 
@@ -84,4 +85,38 @@ async fn a_stopped_vm_starts_when_asked_and_by_nothing_else() {
     let refused = desk.post("/v1/vms/web/start").await.unwrap_err();
     assert!(refused.kind == ErrorKind::Conflict && refused.message.contains("VM web has failed"), "{refused}");
     assert!(refused.hint.is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fork_that_is_asked_for_again_makes_no_others_and_removes_none() {
+    let desk = Desk::open().await;
+    let source = desk.running("web").await;
+    let fork = |ids: &[VmId], names: &[&str], all_or_nothing: bool| {
+        let request = serde_json::json!({"ids": ids, "names": names, "all_or_nothing": all_or_nothing});
+        desk.ask::<Forked>("POST", "/v1/vms/web/fork", &request)
+    };
+    let ids = [VmId::generate(), VmId::generate()];
+    let first = fork(&ids, &["a", "b"], false).await.unwrap();
+    assert!(first.children.iter().all(|child| child.error.is_none()));
+    let again = fork(&ids, &["a", "b"], false).await.unwrap();
+    assert_eq!(again.children, first.children);
+    assert_eq!(desk.host.asked.borrow().iter().filter(|request| *request == "fork web").count(), 1);
+    // Ids of others, of some others, and twice the same.
+    for wrong in [vec![source.id], vec![ids[0], VmId::generate()]] {
+        let names: Vec<String> = wrong.iter().map(|id| format!("x-{}", id.short())).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        assert_eq!(fork(&wrong, &names, false).await.unwrap_err().kind, ErrorKind::Conflict);
+    }
+    let one = VmId::generate();
+    assert_eq!(fork(&[one, one], &["c", "d"], false).await.unwrap_err().kind, ErrorKind::Invalid);
+    // One result for each, or none at all.
+    let new = || [VmId::generate(), VmId::generate()];
+    let partial = fork(&new(), &["e", "e-bad"], false).await.unwrap();
+    assert_eq!(partial.children.iter().map(|child| child.error.is_some()).collect::<Vec<_>>(), [false, true]);
+    let nothing = fork(&new(), &["f", "f-bad"], true).await.unwrap_err();
+    assert!(nothing.message.contains("f-bad"), "{nothing}");
+    desk.host.was_asked("remove f").await;
+    for name in ["web", "a", "b", "e"] {
+        assert_eq!(desk.get::<VmView>(&format!("/v1/vms/{name}/wait")).await.unwrap().observed, Observed::Running);
+    }
 }

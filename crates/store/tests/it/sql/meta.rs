@@ -10,21 +10,7 @@ use burgeon_store::meta::{Meta, VmRow};
 use super::{Home, on_both_engines};
 
 pub(crate) fn row(name: &str) -> VmRow {
-    VmRow {
-        id: VmId::generate(),
-        name: name.into(),
-        image: "tiny".into(),
-        profile: Profile::default(),
-        intent: Intent::Running,
-        observed: Observed::Pending,
-        launched: false,
-        pipeline: None,
-        version: 1,
-        created_s: 5,
-        starts: 0,
-        source: None,
-        substrate: None,
-    }
+    VmRow::new(VmId::generate(), name.into(), "tiny".into(), Profile::default(), 5)
 }
 
 on_both_engines! {
