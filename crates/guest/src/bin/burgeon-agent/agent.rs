@@ -439,7 +439,7 @@ impl Agent {
                 exec.time_is_up();
             }
             if exec.silence_ends(blocked, now).is_some_and(|end| end <= now) {
-                exec.sources = [None, None];
+                exec.give_up_silent_output(now);
             }
         }
     }

@@ -43,6 +43,7 @@ pub(crate) struct Returns {
 
 impl Returns {
     /// Counts consumed credit; gives the window frame when enough has gathered.
+    #[must_use]
     pub(crate) fn consumed(&mut self, stream: u32, amount: u32) -> Option<Vec<u8>> {
         self.gathered += amount;
         (self.gathered >= CREDIT_BATCH).then(|| {
@@ -156,6 +157,7 @@ impl Exec {
     }
 
     /// Takes input from the host. `false` when the host spent credit that it did not have.
+    #[must_use]
     pub(crate) fn input(&mut self, data: &[u8]) -> (bool, Option<Vec<u8>>) {
         let Some(sink) = &mut self.sink else {
             // The command closed its input: the bytes are consumed by nobody, so the host is not stopped.
@@ -187,11 +189,12 @@ impl Exec {
                 // A terminal cannot be closed in one direction; its end-of-file character says the same.
                 sink.waiting.push_back(vec![4]);
             }
-            self.drain_input();
+            let _no_window_after_the_end = self.drain_input();
         }
     }
 
     /// Writes what waits for the command's input; gives the window frame that is due.
+    #[must_use]
     pub(crate) fn drain_input(&mut self) -> Option<Vec<u8>> {
         let sink = self.sink.as_mut()?;
         let mut freed = 0;
@@ -218,6 +221,11 @@ impl Exec {
         if closed {
             freed += sink.held;
         }
+        // After its end nobody waits for credit, and the terminal's end-of-file character never cost any. A window
+        // that were counted here and not sent would be a gap, and the host would end the stream for it.
+        if sink.ended {
+            freed = 0;
+        }
         if closed || (sink.ended && sink.waiting.is_empty() && !sink.terminal) {
             self.sink = None;
         }
@@ -234,6 +242,22 @@ impl Exec {
         self.start.is_none() && self.exited.is_some() && self.sources.iter().all(Option::is_none)
     }
 
+    /// Gives up the output that nobody writes any more though somebody could. A guest that stood still (its
+    /// processor was taken away, it was forked) finds its time of silence over with bytes yet in the pipe, so the
+    /// pipe has the last word.
+    pub(crate) fn give_up_silent_output(&mut self, now: Instant) {
+        let mut silent = true;
+        for source in self.sources.iter_mut().flatten() {
+            source.ready |= sys::is_readable(&source.fd);
+            silent &= !source.ready;
+        }
+        if silent {
+            self.sources = [None, None];
+        } else {
+            self.quiet_since = now;
+        }
+    }
+
     /// Keeps the time of silence after the exit: it runs only while the agent could read. Gives the moment at
     /// which the output is to be given up.
     pub(crate) fn silence_ends(&mut self, channel_blocked: bool, now: Instant) -> Option<Instant> {
@@ -243,5 +267,86 @@ impl Exec {
             self.quiet_since = now;
         }
         Some(self.quiet_since + SILENCE)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    fn request() -> Request {
+        Request {
+            stream: 4,
+            argv: Vec::new(),
+            env: Vec::new(),
+            cwd: None,
+            user: None,
+            terminal: None,
+            time_limit_ms: None,
+        }
+    }
+
+    /// Found on a loaded machine: a window that was due when the input ended was counted and never sent, so that the
+    /// next one showed a gap and the command was ended with its output half told.
+    #[test]
+    fn no_window_is_lost_when_the_input_ends() {
+        let (mut reader, input) = std::io::pipe().unwrap();
+        rustix::io::ioctl_fionbio(&input, true).unwrap();
+        let start = File::open("/dev/null").unwrap();
+        let (output, _its_writer) = std::io::pipe().unwrap();
+        let spawned = Spawned { pid: 1, start, input: input.into(), output: output.into(), errors: None };
+        let mut exec = Exec::new(4, request(), spawned, Instant::now());
+        let piece = vec![7; 1 << 16];
+        let (mut windows, mut sent, mut read) = (Vec::new(), 0, 0);
+        let mut space = vec![0; 1 << 16];
+        while sent < 12 {
+            let (good, window) = exec.input(&piece);
+            assert!(good);
+            windows.extend(window);
+            sent += 1;
+        }
+        while exec.returns.gathered + cost(piece.len()) < CREDIT_BATCH {
+            read += reader.read(&mut space).unwrap();
+            windows.extend(exec.drain_input());
+        }
+        // The piece that makes a batch whole goes into the pipe at the very moment of the end.
+        read += reader.read(&mut space).unwrap();
+        exec.input_end();
+        while exec.sink.is_some() {
+            read += reader.read(&mut space).unwrap();
+            windows.extend(exec.drain_input());
+        }
+        while read < sent * piece.len() {
+            read += reader.read(&mut space).unwrap();
+        }
+        let sequences = windows.iter().map(|frame| u16::from_le_bytes([frame[6], frame[7]]));
+        assert!(sequences.eq(0..u16::try_from(windows.len()).unwrap()), "{windows:?}");
+    }
+
+    /// Found on a loaded machine: a guest whose processor was away for the time of silence lost output.
+    #[test]
+    fn output_that_lies_in_the_pipe_is_never_given_up() {
+        let (input, _its_reader) = std::io::pipe().unwrap();
+        let (mut output, mut held) = std::io::pipe().unwrap();
+        let begun = Instant::now();
+        let copy = output.try_clone().unwrap();
+        let start = File::open("/dev/null").unwrap();
+        let spawned = Spawned { pid: 1, start, input: input.into(), output: copy.into(), errors: None };
+        let mut exec = Exec::new(4, request(), spawned, begun);
+        exec.exited = Some((ExitStatus::Code(0), 0));
+        held.write_all(b"late").unwrap();
+
+        let stood_still = begun + SILENCE * 10;
+        assert!(exec.silence_ends(false, stood_still).unwrap() < stood_still);
+        exec.give_up_silent_output(stood_still);
+        assert!(exec.sources[0].as_ref().unwrap().ready, "it is to be read");
+        assert!(exec.silence_ends(false, stood_still).unwrap() > stood_still, "and the time begins anew");
+
+        output.read_exact(&mut [0; 4]).unwrap();
+        exec.sources[0].as_mut().unwrap().ready = false;
+        exec.give_up_silent_output(stood_still + SILENCE);
+        assert!(exec.sources[0].is_none(), "somebody could write, but nobody does");
     }
 }

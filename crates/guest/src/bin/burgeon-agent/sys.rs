@@ -174,6 +174,13 @@ pub(crate) fn wait_any() -> io::Result<Option<Ended>> {
     }
 }
 
+/// Whether a read would bring something now: bytes, or the end.
+pub(crate) fn is_readable(fd: &impl AsFd) -> bool {
+    let none = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut asked = [rustix::event::PollFd::new(fd, rustix::event::PollFlags::IN)];
+    rustix::event::poll(&mut asked, Some(&none)).is_ok_and(|ready| ready > 0)
+}
+
 /// kill(2): `pid` may be a process, a group as its negative, or -1 for all.
 pub(crate) fn kill(pid: i32, signal: i32) -> io::Result<()> {
     // SAFETY: kill takes plain numbers and checks them.
