@@ -1,10 +1,12 @@
 //! Letting a VM go on from a captured state, instead of booting it.
 //!
 //! ```text
-//! spawn -> [wait] -> memory -> load -> resume -> identify -> thaw -> ready
-//!   |        |         |        |        |          |
-//!   +--------+---------+--------+--------+----------+--> failed: the process is killed, the reason told
+//! spawn -> [wait] -> memory -> load -+-> resume -> identify -> thaw -> ready
+//! claim -----------------------------+     |          |
+//!   |                                      |          |
+//!   +--------------------------------------+----------+--> failed: the process is killed, the reason told
 //! ```
+//! A VM of a substrate claims a QEMU that waits for one ([`crate::standby`]), and spawns its own where none does.
 //! Until `thaw` no instruction of the guest's workload has run. A guest whose receipt is not good is killed: two machines
 //! of one identity are worse than one fewer.
 
@@ -13,13 +15,15 @@ use std::{os::fd::AsFd, path::Path, sync::Arc, time::Duration};
 use burgeon_api::{
     Error, Result, VmId,
     host::{Begin, Launch},
-    vm::Accelerator,
+    receipt::Receipt,
+    vm::{Accelerator, GuestView},
 };
 use burgeon_guest::client::AgentClient;
 use burgeon_qemu::{
     command::file,
     memory::{Base, Guest},
     process::{self, Process, log_tail},
+    qmp::Qmp,
     state,
 };
 use tokio::{
@@ -33,6 +37,7 @@ use crate::{
     plug::blocking,
     prepare,
     record::Record,
+    standby::Standby,
     start::{self, Context, MONITOR_DEADLINE, Phases, Step, Up, clock_ns, connect_agent, connect_monitor},
 };
 
@@ -112,10 +117,89 @@ pub(crate) async fn bring_up(
     // Children of one fork come up together, or its source would stand and wait for the last of them.
     let slot = if claim.waiting.is_some() { None } else { context.activation_slots.acquire().await.ok() };
     let room = context.room.take(launch.profile.memory)?;
-    phases.enter("spawn");
-    let run_as = process::run_as(launch.id.uuid().as_u128(), claim.accelerator);
+    let busy = context.standbys.busy();
     let own = claim.source == launch.id;
-    let attached = if own {
+    let standby = match &*claim.frozen.borrow() {
+        Some(Ok(frozen)) if !own && claim.waiting.is_none() => {
+            context.standbys.claim(context, claim.source, launch, frozen)
+        }
+        _ => None,
+    };
+    let awaiting = Record { accelerator: claim.accelerator, receipt: None, awaits_receipt: true, ..record.clone() };
+    let up = match standby {
+        Some(standby) => take_over(context, directory, awaiting, &claim, standby, &mut phases).await?,
+        None => start_own(context, directory, awaiting, &mut claim, &mut phases).await?,
+    };
+    drop((slot, room, busy));
+    phases.enter("ready");
+    Ok(up)
+}
+
+/// By a QEMU that has taken the state up already.
+async fn take_over(
+    context: &Context,
+    directory: &Path,
+    awaiting: Record,
+    claim: &Claim,
+    mut standby: Standby,
+    phases: &mut Phases<'_>,
+) -> Result<Up> {
+    phases.enter("claim");
+    let launch = awaiting.launch.clone();
+    let process = standby.guard.process.clone();
+    let limits = start::limits(context, &launch, process.identity.pid, standby.run_as);
+    let record = awaiting.of_process(process.identity.clone(), standby.run_as, limits);
+    // Written down first: a process that dies behind this line ends that QEMU, wherever its directory is.
+    let (stored, of_record) = (record.clone(), directory.to_path_buf());
+    let (disks, of_launch, source) = (context.disks.clone(), launch.clone(), claim.source);
+    let (stored, cloned) =
+        tokio::join!(blocking(move || stored.store(&of_record)), blocking(move || disks.clone_all(&of_launch, source)));
+    stored?;
+    phases.tell(Step::Started { record: Box::new(record) });
+    cloned?;
+    standby.hand_to(context, directory, launch.id)?;
+    context.disks.bind_all(launch.id)?;
+    let until_it_ends = async {
+        let console = start::connect_console(directory, Instant::now() + MONITOR_DEADLINE).await?;
+        phases.enter("resume");
+        let (receipt, guest) = renew(context, &launch, claim, &standby.qmp, &standby.agent, phases).await?;
+        Ok((console, receipt, guest))
+    };
+    let (console, receipt, guest) = until_ended(&process, directory, until_it_ends).await?;
+    standby.guard.armed = false;
+    Ok(Up {
+        process,
+        qmp: standby.qmp,
+        console: Some(console),
+        agent: Some(standby.agent),
+        guest: Some(guest),
+        base: Some(claim.base.clone()),
+        receipt: Some(receipt),
+    })
+}
+
+async fn until_ended<T>(process: &Process, directory: &Path, work: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::select! {
+        done = work => done,
+        () = process.ended() => {
+            let said = log_tail(&directory.join(file::QEMU_LOG), 600);
+            Err(Error::refused(format!("QEMU ended while it took up the captured state: {said}")))
+        }
+    }
+}
+
+/// By a QEMU of its own, from its start.
+async fn start_own(
+    context: &Context,
+    directory: &Path,
+    awaiting: Record,
+    claim: &mut Claim,
+    phases: &mut Phases<'_>,
+) -> Result<Up> {
+    phases.enter("spawn");
+    let launch = &awaiting.launch;
+    let run_as = process::run_as(launch.id.uuid().as_u128(), claim.accelerator);
+    let attached = if claim.source == launch.id {
         prepare::prepare(&context.layout, directory, launch, prepare::Disk::Kept, context.agent, run_as).await?;
         start::serve_disks(&context.disks, launch, run_as, false).await?
     } else {
@@ -129,23 +213,14 @@ pub(crate) async fn bring_up(
         .await?
     };
     let machine = prepare::activation(launch, claim.accelerator, attached, &claim.base);
-    let awaiting = Record { accelerator: claim.accelerator, receipt: None, awaits_receipt: true, ..record.clone() };
     let memory = claim.base.clone();
     let (mut guard, started) =
         start::spawn(context, directory, awaiting, &machine, run_as, Some(memory.file().as_fd()))?;
     let process = guard.process.clone();
-    tell(Step::Started { record: Box::new(started.clone()) });
-    let going_on = go_on(context, directory, &started, &mut claim, process.clone(), &mut phases);
-    let up = tokio::select! {
-        up = going_on => up?,
-        () = process.ended() => {
-            let said = log_tail(&directory.join(file::QEMU_LOG), 600);
-            return Err(Error::refused(format!("QEMU ended while it took up the captured state: {said}")));
-        }
-    };
+    phases.tell(Step::Started { record: Box::new(started.clone()) });
+    let going_on = go_on(context, directory, &started, claim, process.clone(), phases);
+    let up = until_ended(&process, directory, going_on).await?;
     guard.armed = false;
-    drop((slot, room));
-    phases.enter("ready");
     Ok(up)
 }
 
@@ -189,24 +264,34 @@ async fn go_on(
         going_on.store(directory)?;
         phases.tell(Step::Started { record: Box::new(going_on) });
     }
-    state::go_on(&qmp).await?;
-    let receipt = identify(context, launch, claim, &agent, phases).await?;
-    phases.enter("thaw");
-    agent.thaw().await?;
-    let guest = agent.guest_view().ok_or_else(|| Error::unavailable("the channel to the guest ended"))?;
+    let (receipt, guest) = renew(context, launch, claim, &qmp, &agent, phases).await?;
     Ok(Up {
         process,
         qmp,
         console: Some(console),
         agent: Some(agent),
-        guest: Some(burgeon_api::vm::GuestView {
-            host_name: receipt.host_name.clone(),
-            boot_id: receipt.boot_id.clone(),
-            ..guest
-        }),
+        guest: Some(guest),
         base: Some(claim.base.clone()),
         receipt: Some(receipt),
     })
+}
+
+/// Lets the guest go on, has it become somebody, and only then its workload.
+async fn renew(
+    context: &Context,
+    launch: &Launch,
+    claim: &Claim,
+    qmp: &Qmp,
+    agent: &AgentClient,
+    phases: &mut Phases<'_>,
+) -> Result<(Receipt, GuestView)> {
+    state::go_on(qmp).await?;
+    let receipt = identify(context, launch, claim, agent, phases).await?;
+    phases.enter("thaw");
+    agent.thaw().await?;
+    let guest = agent.guest_view().ok_or_else(|| Error::unavailable("the channel to the guest ended"))?;
+    let (host_name, boot_id) = (receipt.host_name.clone(), receipt.boot_id.clone());
+    Ok((receipt, GuestView { host_name, boot_id, ..guest }))
 }
 
 async fn identify(
@@ -215,7 +300,7 @@ async fn identify(
     claim: &Claim,
     agent: &AgentClient,
     phases: &mut Phases<'_>,
-) -> Result<burgeon_api::receipt::Receipt> {
+) -> Result<Receipt> {
     agent.wait_ready(Instant::now() + IDENTITY_DEADLINE).await?;
     phases.enter("identify");
     let own = claim.source == launch.id;

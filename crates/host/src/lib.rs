@@ -24,6 +24,7 @@ mod room;
 mod seed;
 mod server;
 mod session;
+mod standby;
 mod start;
 mod vm;
 
@@ -107,6 +108,7 @@ pub async fn run(options: Options) -> Result<()> {
         substrates: frozen::Substrates::default(),
         siblings: identity::Siblings::default(),
         room: room::Room::default(),
+        standbys: standby::Standbys::default(),
         layout: layout.clone(),
     });
     let socket = layout.host_socket();
@@ -120,5 +122,10 @@ pub async fn run(options: Options) -> Result<()> {
     std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))
         .map_err(|error| Error::io("protect the host's socket", &error))?;
     tracing::info!(data = %layout.data.display(), "the host process serves");
-    server::serve(listener, context, registry, About { build: options.build, settings: options.settings }).await
+    let keeper = tokio::spawn(standby::keep(context.clone()));
+    let about = About { build: options.build, settings: options.settings };
+    let served = server::serve(listener, context.clone(), registry, about).await;
+    keeper.abort();
+    context.standbys.close();
+    served
 }

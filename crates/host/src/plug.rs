@@ -14,7 +14,6 @@ use burgeon_guest::client::AgentClient;
 use burgeon_qemu::{
     command::{disk_device, disk_node, node_name},
     memory::Base,
-    process::run_as,
     qmp::Qmp,
 };
 use serde_json::json;
@@ -89,7 +88,7 @@ impl Gate {
     }
 
     fn owner(&self) -> Option<u32> {
-        run_as(self.record.launch.id.uuid().as_u128(), self.record.accelerator).user()
+        self.record.run_as().user()
     }
 
     async fn attach(self, disks: &Arc<Disks>, key: Key, begin: Begin) -> Result<DiskChanged> {

@@ -15,7 +15,7 @@ use burgeon_api::{
 };
 use burgeon_qemu::{
     command::file,
-    process::{Identity, identity_of},
+    process::{self, Identity, RunAs, identity_of},
 };
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +31,9 @@ pub(crate) struct Record {
     pub host_boot_id: String,
     /// Absent until QEMU has been started.
     pub process: Option<Identity>,
+    /// The user that it runs as, where that is not ours. One that waited for this VM had its user before.
+    #[serde(default)]
+    pub user: Option<u32>,
     pub limits: Vec<Limit>,
     pub adoptions: u32,
     /// The number of the last start after the first; 0: it was started once.
@@ -63,6 +66,20 @@ impl Record {
             )));
         }
         Ok(Record { format: FORMAT, ..record })
+    }
+
+    /// It runs in this process from now on.
+    pub(crate) fn of_process(self, process: Identity, run_as: RunAs, limits: Vec<Limit>) -> Record {
+        let host_boot_id = process::host_boot_id();
+        Record { host_boot_id, process: Some(process), user: run_as.user(), limits, ended: None, ..self }
+    }
+
+    /// Who its QEMU runs as.
+    pub(crate) fn run_as(&self) -> RunAs {
+        match (process::run_as(self.launch.id.uuid().as_u128(), self.accelerator), self.user) {
+            (RunAs::User { group, .. }, Some(number)) => RunAs::User { number, group },
+            (own, _) => own,
+        }
     }
 
     /// Replaces the file as a whole: a reader sees the old record or the new one.

@@ -18,6 +18,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 use crate::{
     activate::Claim,
     record::{Record, find_unrecorded},
+    standby,
     start::Context,
     vm::{self, VmHandle, with_figures},
 };
@@ -113,6 +114,10 @@ fn find_left_over(context: &Arc<Context>, changes: &broadcast::Sender<HostVm>) -
     let mut all_read = true;
     let Ok(directories) = std::fs::read_dir(context.layout.vms()) else { return vms };
     for directory in directories.flatten().map(|entry| entry.path()) {
+        if standby::is_one(&directory) {
+            standby::clear(&directory);
+            continue;
+        }
         match Record::load(&directory) {
             Ok(record) => {
                 let (record, found) = look_for(&directory, record);
@@ -161,6 +166,16 @@ fn look_for(directory: &Path, mut record: Record) -> (Record, Result<Arc<Process
         }
         let reason = "the host process ended before it went on".to_string();
         return (record, Err(Observed::Parked { reason }));
+    }
+    if record.awaits_receipt {
+        // It was being given its identity, and nobody knows how far that went.
+        if let Some(process) = record.process.as_ref().and_then(|process| Process::hold(process).ok()) {
+            process.kill();
+        }
+        let reason = "the host process ended before the VM had shown its receipt".to_string();
+        // Its disk is its own, and it may boot from that; one that has never run is nothing.
+        let has_run = record.starts > 0;
+        return (record, Err(if has_run { Observed::Stopped { reason } } else { Observed::Failed { reason } }));
     }
     if record.process.is_none() {
         record.process = find_unrecorded(directory);

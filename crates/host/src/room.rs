@@ -40,6 +40,11 @@ impl Room {
         admit(Memory { total, available, promised: ByteSize(before) }, need)?;
         Ok(taken)
     }
+
+    /// Whether there is room for a VM now.
+    pub(crate) fn has(&self, memory: ByteSize) -> bool {
+        self.take(memory).is_ok()
+    }
 }
 
 impl Drop for Taken {

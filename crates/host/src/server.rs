@@ -233,6 +233,7 @@ impl Connection {
         match made.await {
             Ok(frozen) => {
                 self.context.substrates.put(vm, frozen);
+                self.context.standbys.touch(vm);
                 Ok(())
             }
             Err(error) => {

@@ -49,6 +49,7 @@ use crate::{
     prepare::Disk,
     record::Record,
     room::Room,
+    standby::Standbys,
 };
 
 /// How long a guest may take to its agent's first word before it is started again.
@@ -74,6 +75,7 @@ pub(crate) struct Context {
     pub(crate) disks: Arc<Disks>,
     pub(crate) substrates: Substrates,
     pub(crate) siblings: Siblings,
+    pub(crate) standbys: Standbys,
     pub(crate) room: Room,
 }
 
@@ -244,6 +246,31 @@ async fn try_once(
     Ok(up)
 }
 
+/// Starts QEMU, under its limits.
+pub(crate) fn start_qemu(
+    context: &Context,
+    directory: &Path,
+    launch: &Launch,
+    machine: &Machine,
+    run_as: RunAs,
+    memory: Option<BorrowedFd<'_>>,
+) -> Result<(KillUnlessUp, Vec<Limit>)> {
+    let log = directory.join(file::QEMU_LOG);
+    let inside = directory.join(file::QEMU_DIRECTORY);
+    let identity = process::start(&context.qemu.program, &arguments(machine), &inside, &log, run_as, memory)?;
+    let process = Process::hold(&identity)
+        .map_err(|_| Error::internal(format!("QEMU ended at once: {}", log_tail(&log, 600))))?;
+    let limits = limits(context, launch, identity.pid, run_as);
+    Ok((KillUnlessUp { process: Arc::new(process), armed: true }, limits))
+}
+
+/// Puts a VM's QEMU under its limits.
+pub(crate) fn limits(context: &Context, launch: &Launch, pid: u32, run_as: RunAs) -> Vec<Limit> {
+    let mut limits = context.groups.limit(&group_name(launch), pid, &launch.profile);
+    limits.extend(standing_limits(run_as));
+    limits
+}
+
 /// Starts QEMU and writes that down: a process that dies behind this line finds it again.
 pub(crate) fn spawn(
     context: &Context,
@@ -253,17 +280,8 @@ pub(crate) fn spawn(
     run_as: RunAs,
     memory: Option<BorrowedFd<'_>>,
 ) -> Result<(KillUnlessUp, Record)> {
-    let log = directory.join(file::QEMU_LOG);
-    let inside = directory.join(file::QEMU_DIRECTORY);
-    let identity = process::start(&context.qemu.program, &arguments(machine), &inside, &log, run_as, memory)?;
-    let process = Process::hold(&identity)
-        .map_err(|_| Error::internal(format!("QEMU ended at once: {}", log_tail(&log, 600))))?;
-    let guard = KillUnlessUp { process: Arc::new(process), armed: true };
-    let launch = &record.launch;
-    let mut limits = context.groups.limit(&group_name(launch), identity.pid, &launch.profile);
-    limits.extend(standing_limits(run_as));
-    let host_boot_id = process::host_boot_id();
-    let record = Record { host_boot_id, process: Some(identity), limits, ended: None, ..record };
+    let (guard, limits) = start_qemu(context, directory, &record.launch, machine, run_as, memory)?;
+    let record = record.of_process(guard.process.identity.clone(), run_as, limits);
     record.store(directory)?;
     Ok((guard, record))
 }
@@ -367,11 +385,20 @@ async fn connect(directory: &Path, launch: &Launch, process: Arc<Process>, phase
 
 /// Connects to QEMU's console and monitor as soon as it listens.
 pub(crate) async fn connect_monitor(directory: &Path, deadline: Instant) -> Result<(Console, Qmp)> {
+    let console = connect_console(directory, deadline).await?;
+    Ok((console, connect_qmp(directory, deadline).await?))
+}
+
+pub(crate) async fn connect_console(directory: &Path, deadline: Instant) -> Result<Console> {
     let stream = connect_socket(&directory.join(file::QEMU_DIRECTORY).join(file::CONSOLE), deadline).await?;
-    let console = Console::attach(stream, directory);
+    Ok(Console::attach(stream, directory))
+}
+
+/// Connects to QEMU's monitor as soon as it listens.
+pub(crate) async fn connect_qmp(directory: &Path, deadline: Instant) -> Result<Qmp> {
     loop {
         match Qmp::connect(&directory.join(file::QEMU_DIRECTORY).join(file::MONITOR), deadline).await {
-            Ok(qmp) => return Ok((console, qmp)),
+            Ok(qmp) => return Ok(qmp),
             Err(error) if error.kind == ErrorKind::Unavailable && Instant::now() < deadline => {
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
@@ -439,8 +466,7 @@ pub(crate) fn clock_ns() -> u64 {
 pub(crate) async fn adopt(disks: &Arc<Disks>, directory: &Path, record: &Record, process: Arc<Process>) -> Result<Up> {
     let launch = &record.launch;
     // First of all: until its disk is served again, the guest waits.
-    let run_as = process::run_as(launch.id.uuid().as_u128(), record.accelerator);
-    serve_disks(disks, launch, run_as, false).await?;
+    serve_disks(disks, launch, record.run_as(), false).await?;
     let deadline = Instant::now() + MONITOR_DEADLINE;
     let qmp = Qmp::connect(&directory.join(file::QEMU_DIRECTORY).join(file::MONITOR), deadline).await?;
     let console = match UnixStream::connect(directory.join(file::QEMU_DIRECTORY).join(file::CONSOLE)).await {
@@ -448,11 +474,6 @@ pub(crate) async fn adopt(disks: &Arc<Disks>, directory: &Path, record: &Record,
         Err(_) => None,
     };
     let mut up = Up::without_guest(process, qmp, console);
-    if record.awaits_receipt {
-        // It was being given its identity, and nobody knows how far that went.
-        up.process.kill();
-        return Err(Error::damaged("the host process ended before the VM had shown its receipt"));
-    }
     let was_captured = fork::was_being_captured(directory);
     if was_captured {
         burgeon_qemu::state::go_on(&up.qmp).await?;

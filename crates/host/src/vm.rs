@@ -158,6 +158,7 @@ pub(crate) fn launch(
         accelerator: Accelerator::Tcg,
         host_boot_id: burgeon_qemu::process::host_boot_id(),
         process: None,
+        user: None,
         limits: Vec::new(),
         adoptions: 0,
         starts: 0,
@@ -829,6 +830,7 @@ impl Owner {
         self.context.groups.remove(&group_name(&self.record.launch));
         let (disks, id) = (self.context.disks.clone(), self.record.launch.id);
         self.context.substrates.forget(id);
+        self.context.standbys.forget(&self.context, id);
         disks.close_all(id);
         let removed = match std::fs::remove_dir_all(&self.directory) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

@@ -10,6 +10,7 @@
 //! | [`vm`] | what to ask of the host, from what is wanted and what is seen | control |
 //! | [`idle`] | when a server that nobody needs exits | control |
 //! | [`admission`] | whether there is room for one more VM | host |
+//! | [`standby`] | how many QEMUs wait for VMs of a substrate | host |
 //! | [`fork`] | how what a VM has written gets to its forks | host |
 //! | [`receipt`] | whether a guest has become the machine that it was made | host |
 //! | [`adopt`] | whether a process found after a restart is the VM it was | host |
@@ -21,4 +22,5 @@ pub mod fork;
 pub mod idle;
 pub mod pipeline;
 pub mod receipt;
+pub mod standby;
 pub mod vm;

@@ -5,7 +5,10 @@
 
 use std::{
     io,
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use burgeon_api::{Result, VmId, disk::ROOT, host::Launch};
@@ -17,12 +20,14 @@ use super::{Disks, Key, MEMORY, Served, attached, lock, new_root, root};
 pub(crate) struct Late {
     before: Arc<Disk>,
     disk: OnceLock<Arc<Disk>>,
+    /// It was to be written before it was made.
+    spoiled: AtomicBool,
 }
 
 impl Late {
     /// `before`: the disk that it is going to be a clone of.
     pub(crate) fn new(before: Arc<Disk>) -> Late {
-        Late { before, disk: OnceLock::new() }
+        Late { before, disk: OnceLock::new(), spoiled: AtomicBool::new(false) }
     }
 
     /// From now on it is this one. The first that is told counts.
@@ -35,7 +40,10 @@ impl Late {
     }
 
     fn bound(&self) -> io::Result<&Disk> {
-        let unbound = || io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "the disk is not made yet");
+        let unbound = || {
+            self.spoiled.store(true, Ordering::Release);
+            io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "the disk is not made yet")
+        };
         self.disk.get().map(|disk| &**disk).ok_or_else(unbound)
     }
 }
@@ -127,6 +135,20 @@ impl Disks {
             }
         }
         if attached.is_empty() { Ok(()) } else { attached::store(&self.of_vm(launch.id), attached) }
+    }
+
+    /// Hands what is served for one that waited to the VM that has claimed it. Its sockets are in the VM's directory by
+    /// now, and its disks are made next.
+    pub(crate) fn hand_to(&self, standby: VmId, id: VmId) {
+        let mut served = lock(&self.served);
+        let of_standby: Vec<(Key, Served)> = served.extract_if(|key, _| key.0 == standby).collect();
+        served.extend(of_standby.into_iter().map(|((_, name), entry)| ((id, name), entry)));
+    }
+
+    /// Whether a guest has tried to write a disk that was not made yet. What it believes of that disk is wrong then.
+    pub(crate) fn is_spoiled(&self, id: VmId) -> bool {
+        let spoiled = |late: &Arc<Late>| late.spoiled.load(Ordering::Acquire);
+        lock(&self.served).iter().any(|(key, served)| key.0 == id && served.late.as_ref().is_some_and(spoiled))
     }
 
     /// Puts a VM's disks, which are made now, in the place of what is served for them.

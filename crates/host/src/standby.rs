@@ -1,0 +1,419 @@
+//! QEMUs that wait for VMs: each has taken up a substrate's state already, and stands still.
+//!
+//! ```text
+//! spawn -> load -> greet -> stand --claimed--> a VM's own (crate::activate)
+//!   |       |        |        |
+//!   +-------+--------+--------+--> ended, and nothing is left: the next one may be better
+//! ```
+//! Emulation translates code when it runs for the first time, so a guest that has just been loaded is slow. Therefore its
+//! kernel and its agent run here until the agent has answered; the workload is frozen since before the state was captured,
+//! and what makes the guest somebody comes with the claim. A guest that wants to write to its disk meanwhile, which no VM
+//! owns yet, is ended.
+//!
+//! One that waits has a directory like a VM's, with a file that says so in place of a record. At the claim QEMU's own
+//! directory is moved to the VM's. The next host process ends those that it finds.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    fs,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use burgeon_api::{
+    Error, Result, VmId,
+    host::{Begin, Launch, Source},
+    image::Boot,
+};
+use burgeon_guest::client::AgentClient;
+use burgeon_plan::standby::{BURST, Demand, MOST_ASKED, wanted};
+use burgeon_qemu::{
+    command::file,
+    memory::Guest,
+    process::{self, Process, RunAs, log_tail},
+    qmp::Qmp,
+    state,
+};
+use tokio::{
+    sync::Notify,
+    time::{Instant, timeout},
+};
+
+use crate::{
+    frozen::Frozen,
+    plug::blocking,
+    prepare,
+    record::find_unrecorded,
+    start::{Context, KillUnlessUp, MONITOR_DEADLINE, connect_agent, connect_qmp, group_name, start_qemu},
+};
+
+/// In the directory of one that waits.
+const MARKER: &str = "standby";
+/// How long its guest may take to answer.
+const GREETED: Duration = Duration::from_secs(20);
+/// A substrate of which none could be made is left alone for so long.
+const AFTER_FAILURE: Duration = Duration::from_secs(60);
+/// None is made before nothing has gone on from a captured state for this long.
+const QUIET: Duration = Duration::from_millis(50);
+/// Demand fades without a word.
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
+
+/// Whether a directory among those of VMs is of one that waits.
+pub(crate) fn is_one(directory: &Path) -> bool {
+    directory.join(MARKER).exists()
+}
+
+/// Ends one that an earlier host process has left.
+pub(crate) fn clear(directory: &Path) {
+    if let Some(process) = find_unrecorded(directory).and_then(|identity| Process::hold(&identity).ok()) {
+        process.kill();
+    }
+    if let Err(error) = fs::remove_dir_all(directory) {
+        tracing::warn!(directory = %directory.display(), %error, "what waited for a VM takes room");
+    }
+}
+
+/// One that waits.
+pub(crate) struct Standby {
+    /// As a VM it would be this one.
+    launch: Launch,
+    directory: PathBuf,
+    pub(crate) guard: KillUnlessUp,
+    pub(crate) run_as: RunAs,
+    pub(crate) qmp: Qmp,
+    pub(crate) agent: AgentClient,
+    frozen: Arc<Frozen>,
+}
+
+impl Standby {
+    /// Whether a VM may claim it.
+    fn fits(&self, launch: &Launch, frozen: &Arc<Frozen>) -> bool {
+        let is_alive =
+            process::identity_of(self.guard.process.identity.pid).as_ref() == Some(&self.guard.process.identity);
+        is_alive
+            && self.agent.ended().is_none()
+            && Arc::ptr_eq(&self.frozen, frozen)
+            && self.launch.profile == launch.profile
+            && self.launch.image == launch.image
+    }
+
+    /// Gives the VM what QEMU has open, and its place among the limits. The VM's record names the process already.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn hand_to(&self, context: &Context, directory: &Path, id: VmId) -> Result<()> {
+        let failed = |error: std::io::Error| Error::io("move what waited to its VM", &error);
+        for name in [file::QEMU_LOG, file::QEMU_DIRECTORY] {
+            fs::rename(self.directory.join(name), directory.join(name)).map_err(failed)?;
+        }
+        context.disks.hand_to(self.launch.id, id);
+        context.groups.remove(&group_name(&self.launch));
+        fs::remove_dir_all(&self.directory).map_err(failed)
+    }
+
+    /// Ends it.
+    fn discard(self, context: &Context) {
+        clean_up(context, &self.launch, &self.directory, self.guard);
+    }
+}
+
+/// Ends one that waited, or was about to. QEMU goes first, so that nothing asks for its disks any more.
+fn clean_up(context: &Context, launch: &Launch, directory: &Path, guard: KillUnlessUp) {
+    let (disks, groups, launch) = (context.disks.clone(), context.groups.clone(), launch.clone());
+    let directory = directory.to_path_buf();
+    let process = guard.process.clone();
+    drop(guard);
+    tokio::spawn(async move {
+        process.ended().await;
+        groups.remove(&group_name(&launch));
+        let cleared = blocking(move || {
+            disks.close_all(launch.id);
+            fs::remove_dir_all(&directory).map_err(|error| Error::io("remove what waited for a VM", &error))
+        });
+        if let Err(error) = cleared.await {
+            tracing::warn!(%error, "the next host process removes it");
+        }
+    });
+}
+
+#[derive(Default)]
+struct Use {
+    waiting: Vec<Standby>,
+    asked: Option<u32>,
+    /// When VMs went on from it, the latest last.
+    claims: VecDeque<Instant>,
+    touched: Option<Instant>,
+    failed: Option<Instant>,
+}
+
+impl Use {
+    fn demand(&self, now: Instant) -> Demand {
+        let burst = self.claims.iter().filter(|claim| now - **claim < BURST).count();
+        Demand {
+            asked: self.asked,
+            idle: self.touched.map_or(Duration::MAX, |touched| now - touched),
+            burst: u32::try_from(burst).unwrap_or(u32::MAX),
+        }
+    }
+}
+
+/// Those that wait, by substrate.
+#[derive(Default)]
+pub(crate) struct Standbys {
+    of: Mutex<HashMap<VmId, Use>>,
+    /// VMs that are just now going on from captured states. They come first.
+    busy: AtomicUsize,
+    changed: Notify,
+    closed: std::sync::atomic::AtomicBool,
+}
+
+/// Held while a VM goes on from a captured state.
+pub(crate) struct Busy<'a>(&'a Standbys);
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.0.busy.fetch_sub(1, Ordering::AcqRel);
+        self.0.changed.notify_one();
+    }
+}
+
+enum Move {
+    Make(VmId),
+    End(Box<Standby>),
+}
+
+impl Standbys {
+    fn of(&self) -> MutexGuard<'_, HashMap<VmId, Use>> {
+        self.of.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn busy(&self) -> Busy<'_> {
+        self.busy.fetch_add(1, Ordering::AcqRel);
+        Busy(self)
+    }
+
+    /// A substrate was made, or brought into memory again.
+    pub(crate) fn touch(&self, substrate: VmId) {
+        self.of().entry(substrate).or_default().touched = Some(Instant::now());
+        self.changed.notify_one();
+    }
+
+    /// How many a user wants to wait for a substrate; absent: as demand has it.
+    pub(crate) fn ask(&self, substrate: VmId, count: Option<u32>) {
+        let mut of = self.of();
+        let known = of.entry(substrate).or_default();
+        known.asked = count;
+        known.failed = None;
+        drop(of);
+        self.changed.notify_one();
+    }
+
+    /// How many wait for a substrate.
+    pub(crate) fn count(&self, substrate: VmId) -> u32 {
+        let count = self.of().get(&substrate).map_or(0, |known| known.waiting.len());
+        u32::try_from(count).unwrap_or(u32::MAX)
+    }
+
+    /// One for a VM, if there is one.
+    pub(crate) fn claim(
+        &self,
+        context: &Context,
+        substrate: VmId,
+        launch: &Launch,
+        frozen: &Arc<Frozen>,
+    ) -> Option<Standby> {
+        let mut unfit = Vec::new();
+        let claimed = {
+            let mut of = self.of();
+            let known = of.entry(substrate).or_default();
+            let now = Instant::now();
+            known.claims.push_back(now);
+            known.claims.drain(..known.claims.len().saturating_sub(MOST_ASKED as usize));
+            known.touched = Some(now);
+            loop {
+                match known.waiting.pop() {
+                    Some(standby) if standby.fits(launch, frozen) => break Some(standby),
+                    Some(standby) => unfit.push(standby),
+                    None => break None,
+                }
+            }
+        };
+        unfit.into_iter().for_each(|standby| standby.discard(context));
+        claimed
+    }
+
+    /// The substrate is gone.
+    pub(crate) fn forget(&self, context: &Context, substrate: VmId) {
+        let known = self.of().remove(&substrate);
+        known.into_iter().flat_map(|known| known.waiting).for_each(|standby| standby.discard(context));
+    }
+
+    /// This process is leaving: nobody could claim them any more.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        for standby in self.of().drain().flat_map(|(_, known)| known.waiting) {
+            standby.guard.process.kill();
+            if let Err(error) = fs::remove_dir_all(&standby.directory) {
+                tracing::warn!(%error, "the next host process removes it");
+            }
+        }
+    }
+
+    fn next_move(&self, context: &Context) -> Option<Move> {
+        let now = Instant::now();
+        let mut of = self.of();
+        for (substrate, known) in of.iter_mut() {
+            let waiting = u32::try_from(known.waiting.len()).unwrap_or(u32::MAX);
+            let room = |known: &Use| match known.waiting.first() {
+                Some(one) => context.room.has(one.launch.profile.memory),
+                // How much one takes is known when its substrate is looked at.
+                None => true,
+            };
+            let wanted = wanted(known.demand(now), waiting, u32::from(room(known)));
+            if wanted < waiting {
+                return known.waiting.pop().map(|standby| Move::End(Box::new(standby)));
+            }
+            let rests = known.failed.is_some_and(|failed| now - failed < AFTER_FAILURE);
+            if wanted > waiting && !rests {
+                return Some(Move::Make(*substrate));
+            }
+        }
+        None
+    }
+
+    fn add(&self, context: &Context, substrate: VmId, made: Result<Standby>) {
+        let mut of = self.of();
+        match (of.get_mut(&substrate), made) {
+            (Some(known), Ok(standby)) if !self.closed.load(Ordering::Acquire) => known.waiting.push(standby),
+            // The substrate went meanwhile, or this process goes.
+            (_, Ok(standby)) => standby.discard(context),
+            (Some(known), Err(error)) => {
+                tracing::warn!(%substrate, %error, "no QEMU waits for VMs of this substrate; they take longer");
+                known.failed = Some(Instant::now());
+            }
+            (None, Err(_)) => {}
+        }
+    }
+}
+
+/// Keeps as many waiting as are wanted, one change at a time, and only while nobody waits for a VM.
+pub(crate) async fn keep(context: Arc<Context>) {
+    let standbys = &context.standbys;
+    loop {
+        // A notice that comes before this is not lost: one is kept.
+        let _time_is_a_reason_too = timeout(LOOK_AGAIN, standbys.changed.notified()).await;
+        loop {
+            let mut quiet_since = Instant::now();
+            while quiet_since.elapsed() < QUIET {
+                tokio::time::sleep(QUIET / 5).await;
+                if standbys.busy.load(Ordering::Acquire) > 0 {
+                    quiet_since = Instant::now();
+                }
+            }
+            match standbys.next_move(&context) {
+                Some(Move::End(standby)) => standby.discard(&context),
+                Some(Move::Make(substrate)) => {
+                    let made = make(&context, substrate).await;
+                    standbys.add(&context, substrate, made);
+                }
+                None => break,
+            }
+        }
+    }
+}
+
+async fn make(context: &Context, substrate: VmId) -> Result<Standby> {
+    let (record, frozen) = context.substrates.get(&context.layout, &context.qemu, &context.disks, substrate).await?;
+    if record.launch.image.boot != Boot::Agent {
+        return Err(Error::refused("its image has no agent"));
+    }
+    let launch = Launch {
+        id: VmId::generate(),
+        name: MARKER.into(),
+        source: Some(Source { vm: substrate, snapshot: None }),
+        begin: Begin::Substrate,
+        ..record.launch
+    };
+    let room = context.room.take(launch.profile.memory)?;
+    let directory = context.layout.vm(launch.id);
+    let run_as = process::run_as(launch.id.uuid().as_u128(), record.accelerator);
+    let attached = {
+        let (layout, disks, of_launch, directory) =
+            (context.layout.clone(), context.disks.clone(), launch.clone(), directory.clone());
+        blocking(move || {
+            fs::create_dir(&directory).map_err(|error| Error::io("create a directory for a QEMU", &error))?;
+            let made = (|| {
+                fs::write(directory.join(MARKER), "").map_err(|error| Error::io("mark a directory", &error))?;
+                prepare::prepare_activation(&layout, &directory, &of_launch, substrate, run_as)?;
+                disks.serve_late(&of_launch, substrate, run_as.user())?;
+                disks.attached(substrate)
+            })();
+            if made.is_err() {
+                disks.close_all(of_launch.id);
+                let _its_error_is_told = fs::remove_dir_all(&directory);
+            }
+            made
+        })
+        .await?
+    };
+    let machine = prepare::activation(&launch, record.accelerator, attached, &frozen.base);
+    let memory = Some(frozen.base.file().as_fd());
+    let (guard, _limits_are_told_with_the_vm) = match start_qemu(context, &directory, &launch, &machine, run_as, memory)
+    {
+        Ok(started) => started,
+        Err(error) => {
+            context.disks.close_all(launch.id);
+            let _its_error_is_told = fs::remove_dir_all(&directory);
+            return Err(error);
+        }
+    };
+    let process = guard.process.clone();
+    let greeted = tokio::select! {
+        greeted = greet(context, &directory, &launch, &frozen, &process) => greeted,
+        () = process.ended() => {
+            let said = log_tail(&directory.join(file::QEMU_LOG), 600);
+            Err(Error::refused(format!("QEMU ended while it took up the captured state: {said}")))
+        }
+    };
+    drop(room);
+    match greeted {
+        Ok((qmp, agent)) => Ok(Standby { launch, directory, guard, run_as, qmp, agent, frozen }),
+        Err(error) => {
+            clean_up(context, &launch, &directory, guard);
+            Err(error)
+        }
+    }
+}
+
+/// Has the guest go on until its agent has answered, and stand still again.
+async fn greet(
+    context: &Context,
+    directory: &Path,
+    launch: &Launch,
+    frozen: &Frozen,
+    process: &Process,
+) -> Result<(Qmp, AgentClient)> {
+    let deadline = Instant::now() + MONITOR_DEADLINE;
+    let qmp = connect_qmp(directory, deadline).await?;
+    state::tell_when_loaded(&qmp).await?;
+    if let Some(written) = &frozen.written {
+        let memory = Guest::open(&process.identity, state::memory_address(&qmp).await?, frozen.base.length())?;
+        memory.apply(written)?;
+    }
+    frozen.devices.load(&qmp).await?;
+    // Without a name: what it is called comes with the claim.
+    let agent = connect_agent(directory, "", true, deadline).await?;
+    state::go_on(&qmp).await?;
+    agent.wait_ready(Instant::now() + GREETED).await?;
+    agent.figures().await?;
+    state::pause(&qmp).await?;
+    if context.disks.is_spoiled(launch.id) {
+        return Err(Error::refused("its guest writes to its disk though its workload is frozen"));
+    }
+    Ok((qmp, agent))
+}
