@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use burgeon_api::{
     ByteSize, VmId,
     profile::Profile,
-    substrate::{ActivateVms, CreateSubstrate, ForkVm, Forked, Recipe, SubstrateView},
+    substrate::{ActivateVms, CreateSubstrate, ForkVm, Forked, KeepStandbys, Recipe, SubstrateView},
     vm::{Observed, VmView},
 };
 use serde_json::json;
@@ -49,6 +49,7 @@ fn substrate(workspace: &Workspace) -> Result<(Client, SubstrateView)> {
     }
     let view: SubstrateView = client.get(&format!("/v1/substrates/{NAME}/wait"))?;
     ensure!(view.observed == Observed::Docked, "the substrate is {} {}", view.observed.name(), view.observed.detail());
+    dock(&client, 0)?;
     Ok((client, view))
 }
 
@@ -69,8 +70,33 @@ fn one(workspace: &Workspace, client: &Client) -> Result<Vm> {
     vms(workspace, client, 1)?.pop().context("no VM")
 }
 
-pub(crate) fn activate(workspace: &Workspace, runs: u32) -> Result<Outcome> {
+/// From what VMs begin.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum From {
+    /// A QEMU that waits.
+    Standby,
+    /// A QEMU of their own.
+    Nothing,
+}
+
+/// Has so many QEMUs wait, and waits until they do.
+fn dock(client: &Client, count: u32) -> Result<()> {
+    let mut view: SubstrateView =
+        client.post(&format!("/v1/substrates/{NAME}/standbys"), &KeepStandbys { count: Some(count) })?;
+    let begun = Instant::now();
+    while view.standbys.waiting != count {
+        ensure!(begun.elapsed() < Duration::from_secs(120), "{:?}", view.standbys);
+        std::thread::sleep(Duration::from_millis(20));
+        view = client.get(&format!("/v1/substrates/{NAME}"))?;
+    }
+    // It has just stood still; its process is still busy with that.
+    std::thread::sleep(Duration::from_millis(50));
+    Ok(())
+}
+
+pub(crate) fn activate(workspace: &Workspace, runs: u32, from: From) -> Result<Outcome> {
     let (client, _) = substrate(workspace)?;
+    let waiting = u32::from(from == From::Standby);
     // A VM that boots shows the arguments.
     let (booted, _) = product::boot(workspace, IMAGE, &Profile::named("tiny")?)?;
     let accelerator = booted.accelerator;
@@ -78,6 +104,7 @@ pub(crate) fn activate(workspace: &Workspace, runs: u32) -> Result<Outcome> {
     booted.remove()?;
     let captured = by_hand.capture(workspace)?;
     let ours = || {
+        dock(&client, waiting)?;
         let begun = Instant::now();
         let vm = one(workspace, &client)?;
         vm.exec(&TRUE)?;
@@ -191,10 +218,12 @@ pub(crate) fn park(workspace: &Workspace, runs: u32, half: Half) -> Result<Outco
     Ok((samples, accelerator).into())
 }
 
-pub(crate) fn per_second(workspace: &Workspace, runs: u32) -> Result<Outcome> {
+pub(crate) fn per_second(workspace: &Workspace, runs: u32, from: From) -> Result<Outcome> {
     let (client, _) = substrate(workspace)?;
     let mut accelerator = None;
+    let waiting = if from == From::Standby { u32::try_from(MANY)? } else { 0 };
     let ours = || {
+        dock(&client, waiting)?;
         let begun = Instant::now();
         let vms = vms(workspace, &client, MANY)?;
         let took = begun.elapsed();

@@ -14,7 +14,7 @@ use crate::{
     http::Setting,
     image::Image,
     profile::Profile,
-    substrate::{Forked, Recipe},
+    substrate::{Forked, Recipe, Standbys},
     vm::{Figures, HostVm},
 };
 
@@ -253,6 +253,13 @@ pub enum Request {
         vm: VmId,
         recipe: Recipe,
     },
+    /// How many QEMUs wait for VMs of a substrate from now on; absent: as demand has it.
+    KeepStandbys {
+        vm: VmId,
+        count: Option<u32>,
+    },
+    /// How many wait, for each substrate.
+    Standbys,
     /// Captures a running VM, keeps that in the store, and ends its process. A start lets it go on.
     Park {
         vm: VmId,
@@ -307,6 +314,7 @@ pub enum Reply {
     DiskChanges(DiskChanges),
     Image(Box<Image>),
     Forked(Forked),
+    Standbys(Vec<(VmId, Standbys)>),
     Log {
         text: Vec<u8>,
     },

@@ -74,7 +74,33 @@ pub struct SubstrateView {
     pub clones: u32,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub docked: Option<Docked>,
+    #[serde(default)]
+    pub standbys: Standbys,
 }
+
+/// QEMUs that wait, with a substrate's state taken up, for VMs that go on from it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Standbys {
+    pub waiting: u32,
+    /// How many a user wants; absent: as many as VMs were made in the last minute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asked: Option<u32>,
+    /// Why the last one could not be made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<crate::Error>,
+}
+
+/// A request for QEMUs that wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct KeepStandbys {
+    /// At most 64; absent: as demand has it.
+    #[serde(default)]
+    pub count: Option<u32>,
+}
+
+/// What a request may ask for.
+pub const MOST_STANDBYS: u32 = 64;
 
 /// A request to fork a running VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

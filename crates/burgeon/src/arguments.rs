@@ -314,11 +314,32 @@ pub enum SubstrateCommand {
     Ls(ListArguments),
     /// Show what a substrate is, what it holds, and what it needs
     Show { substrate: String },
+    /// Have QEMUs wait for VMs of a substrate, so that those begin at once
+    Dock {
+        substrate: String,
+        /// How many, whatever the demand; "auto": as many as VMs were made in the last minute
+        #[arg(value_parser = standbys)]
+        count: Standbys,
+        /// Do not wait until they are there
+        #[arg(long)]
+        no_wait: bool,
+    },
     /// Remove substrates that no VM goes on from
     Rm {
         #[arg(required = true)]
         substrates: Vec<String>,
     },
+}
+
+/// How many QEMUs wait; none: as demand has it.
+#[derive(Clone, Copy, Debug)]
+pub struct Standbys(pub Option<u32>);
+
+fn standbys(text: &str) -> Result<Standbys, String> {
+    match text {
+        "auto" => Ok(Standbys(None)),
+        _ => text.parse().map(|count| Standbys(Some(count))).map_err(|_| "a number, or \"auto\"".to_string()),
+    }
 }
 
 #[derive(Debug, Args)]

@@ -7,7 +7,7 @@ use burgeon_api::{
     disk::{DiskChanged, DiskChanges, DiskView},
     host::{DiskRequest, Envelope, FileRequest, Handover, Launch, Reply, Request, StopMode, VERSION},
     image::Image,
-    substrate::{Forked, Recipe},
+    substrate::{Forked, Recipe, Standbys},
     vm::HostVm,
 };
 use tokio::{
@@ -86,6 +86,18 @@ impl HostClient {
     /// Makes a substrate of a running VM.
     pub(crate) async fn dock(&self, vm: VmId, recipe: Recipe) -> Result<()> {
         self.done(Request::Dock { vm, recipe }, DOCK).await
+    }
+
+    pub(crate) async fn keep_standbys(&self, vm: VmId, count: Option<u32>) -> Result<()> {
+        self.done(Request::KeepStandbys { vm, count }, QUICK).await
+    }
+
+    /// The QEMUs that wait, by substrate.
+    pub(crate) async fn standbys(&self) -> Result<Vec<(VmId, Standbys)>> {
+        match self.ask(Request::Standbys, QUICK).await? {
+            Reply::Standbys(standbys) => Ok(standbys),
+            other => Err(unexpected(&other)),
+        }
     }
 
     /// Keeps a running VM's state and ends its process.

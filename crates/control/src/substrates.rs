@@ -6,7 +6,7 @@ use burgeon_api::{
     Error, ErrorKind, Result, VmId,
     host::{Begin, Source},
     image::Image,
-    substrate::{Child, Forked, SubstrateView},
+    substrate::{Child, Forked, Standbys, SubstrateView},
     vm::{Intent, Observed},
 };
 use burgeon_plan::vm::is_over;
@@ -143,11 +143,21 @@ pub(crate) async fn find(state: &Shared, name: &str) -> Result<VmRow> {
 
 pub(crate) async fn views(state: &Shared) -> Result<Vec<SubstrateView>> {
     let rows = state.meta.vms().await?;
-    Ok(rows.iter().filter(|row| row.substrate.is_some()).map(|row| view(state, row, &rows)).collect())
+    let standbys = standbys(state).await;
+    Ok(rows.iter().filter(|row| row.substrate.is_some()).map(|row| view(state, row, &rows, &standbys)).collect())
 }
 
-pub(crate) fn view(state: &Shared, row: &VmRow, all: &[VmRow]) -> SubstrateView {
+/// What waits on the host, by substrate.
+pub(crate) type Waiting = Vec<(VmId, Standbys)>;
+
+/// Of a host that cannot be asked just now, nothing is known, and nothing waits.
+pub(crate) async fn standbys(state: &Shared) -> Waiting {
+    state.host.standbys().await.unwrap_or_default()
+}
+
+pub(crate) fn view(state: &Shared, row: &VmRow, all: &[VmRow], standbys: &Waiting) -> SubstrateView {
     let vm = state.view(row.clone());
+    let of_it = standbys.iter().find(|(substrate, _)| *substrate == row.id);
     SubstrateView {
         id: row.id,
         name: row.name.clone(),
@@ -158,6 +168,7 @@ pub(crate) fn view(state: &Shared, row: &VmRow, all: &[VmRow]) -> SubstrateView 
         created_s: row.created_s,
         clones: u32::try_from(clones(all, row.id).len()).unwrap_or(u32::MAX),
         docked: vm.on_host.and_then(|vm| vm.docked),
+        standbys: of_it.map(|(_, standbys)| standbys.clone()).unwrap_or_default(),
     }
 }
 

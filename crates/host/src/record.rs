@@ -48,6 +48,9 @@ pub(crate) struct Record {
     /// What is kept of it, where it is a substrate or parked.
     #[serde(default)]
     pub docked: Option<Docked>,
+    /// How many QEMUs a user wants to wait for VMs that go on from it.
+    #[serde(default)]
+    pub standbys: Option<u32>,
     /// How it ended, once it has.
     pub ended: Option<Observed>,
 }

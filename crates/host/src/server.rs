@@ -179,6 +179,11 @@ impl Connection {
                 self.dock(vm, &recipe).await?;
                 reply(stream, &Reply::Done).await
             }
+            Request::KeepStandbys { vm, count } => {
+                self.ask_vm(vm, |done| Command::KeepStandbys { count, done }).await??;
+                reply(stream, &Reply::Done).await
+            }
+            Request::Standbys => reply(stream, &Reply::Standbys(self.context.standbys.all())).await,
             Request::Park { vm } => {
                 self.park(vm).await?;
                 reply(stream, &Reply::Done).await

@@ -29,6 +29,7 @@ use burgeon_api::{
     Error, Result, VmId,
     host::{Begin, Launch, Source},
     image::Boot,
+    substrate::Standbys as View,
 };
 use burgeon_guest::client::AgentClient;
 use burgeon_plan::standby::{BURST, Demand, MOST_ASKED, wanted};
@@ -148,7 +149,8 @@ struct Use {
     /// When VMs went on from it, the latest last.
     claims: VecDeque<Instant>,
     touched: Option<Instant>,
-    failed: Option<Instant>,
+    /// When the last one could not be made, and why.
+    failed: Option<(Instant, Error)>,
 }
 
 impl Use {
@@ -213,10 +215,14 @@ impl Standbys {
         self.changed.notify_one();
     }
 
-    /// How many wait for a substrate.
-    pub(crate) fn count(&self, substrate: VmId) -> u32 {
-        let count = self.of().get(&substrate).map_or(0, |known| known.waiting.len());
-        u32::try_from(count).unwrap_or(u32::MAX)
+    /// How many wait, by substrate.
+    pub(crate) fn all(&self) -> Vec<(VmId, View)> {
+        let view = |(substrate, known): (&VmId, &Use)| {
+            let waiting = u32::try_from(known.waiting.len()).unwrap_or(u32::MAX);
+            let error = known.failed.as_ref().map(|(_, error)| error.clone());
+            (*substrate, View { waiting, asked: known.asked, error })
+        };
+        self.of().iter().map(view).collect()
     }
 
     /// One for a VM, if there is one.
@@ -278,7 +284,7 @@ impl Standbys {
             if wanted < waiting {
                 return known.waiting.pop().map(|standby| Move::End(Box::new(standby)));
             }
-            let rests = known.failed.is_some_and(|failed| now - failed < AFTER_FAILURE);
+            let rests = known.failed.as_ref().is_some_and(|(failed, _)| now - *failed < AFTER_FAILURE);
             if wanted > waiting && !rests {
                 return Some(Move::Make(*substrate));
             }
@@ -289,12 +295,15 @@ impl Standbys {
     fn add(&self, context: &Context, substrate: VmId, made: Result<Standby>) {
         let mut of = self.of();
         match (of.get_mut(&substrate), made) {
-            (Some(known), Ok(standby)) if !self.closed.load(Ordering::Acquire) => known.waiting.push(standby),
+            (Some(known), Ok(standby)) if !self.closed.load(Ordering::Acquire) => {
+                known.failed = None;
+                known.waiting.push(standby);
+            }
             // The substrate went meanwhile, or this process goes.
             (_, Ok(standby)) => standby.discard(context),
             (Some(known), Err(error)) => {
                 tracing::warn!(%substrate, %error, "no QEMU waits for VMs of this substrate; they take longer");
-                known.failed = Some(Instant::now());
+                known.failed = Some((Instant::now(), error));
             }
             (None, Err(_)) => {}
         }

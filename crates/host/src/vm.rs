@@ -103,6 +103,11 @@ pub(crate) enum Command {
         reason: String,
         done: oneshot::Sender<Result<()>>,
     },
+    /// How many QEMUs wait for VMs that go on from this one.
+    KeepStandbys {
+        count: Option<u32>,
+        done: oneshot::Sender<Result<()>>,
+    },
     Record {
         reply: oneshot::Sender<Record>,
     },
@@ -165,6 +170,7 @@ pub(crate) fn launch(
         receipt: None,
         awaits_receipt: false,
         docked: None,
+        standbys: None,
         ended: None,
     };
     record.store(&directory)?;
@@ -230,6 +236,9 @@ fn spawn(
         Begin::Adopt(process) => Some(adopt(&context, directory.clone(), record.clone(), process)),
         Begin::Ended => None,
     };
+    if record.standbys.is_some() {
+        context.standbys.ask(record.launch.id, record.standbys);
+    }
     let owner = Owner {
         context,
         directory,
@@ -652,8 +661,23 @@ impl Owner {
                 }
                 drop(done.send(Ok(())));
             }
+            Command::KeepStandbys { count, done } => drop(done.send(self.keep_standbys(count))),
             Command::Record { reply } => drop(reply.send(self.record.clone())),
         }
+    }
+
+    /// Written down before it is done, so that the next host process does it too.
+    fn keep_standbys(&mut self, count: Option<u32>) -> Result<()> {
+        if self.view.borrow().observed != Observed::Docked {
+            let name = &self.record.launch.name;
+            return Err(Error::conflict(format!("{name} is no substrate, or not docked yet"))
+                .with_hint(format!("burgeon substrate show {name}")));
+        }
+        let record = Record { standbys: count, ..self.record.clone() };
+        record.store(&self.directory)?;
+        self.record = record;
+        self.context.standbys.ask(self.record.launch.id, count);
+        Ok(())
     }
 
     /// Its state is kept: the process is not needed any more.

@@ -12,7 +12,7 @@ pub const IDLE: Duration = Duration::from_secs(10 * 60);
 /// Without being asked, no more than these wait for one substrate.
 pub const MOST: u32 = 8;
 /// And no more than these when a user asks.
-pub const MOST_ASKED: u32 = 64;
+pub use burgeon_api::substrate::MOST_STANDBYS as MOST_ASKED;
 
 /// What is known of a substrate's use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

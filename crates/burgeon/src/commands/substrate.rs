@@ -1,11 +1,13 @@
 //! Substrates, what goes on from them, and forks.
 
+use std::time::{Duration, Instant};
+
 use burgeon_api::{
     Error, Result, VmId,
     image::ImageView,
     profile::Init,
     receipt::Receipt,
-    substrate::{ActivateVms, CreateSubstrate, ForkVm, Forked, Recipe, SubstrateView},
+    substrate::{ActivateVms, CreateSubstrate, ForkVm, Forked, KeepStandbys, Recipe, SubstrateView},
     vm::{Observed, VmView},
 };
 
@@ -26,6 +28,7 @@ pub(super) async fn run(context: &Context, command: SubstrateCommand) -> Result<
         }
         SubstrateCommand::Ls(arguments) => list(context, arguments.quiet).await,
         SubstrateCommand::Show { substrate } => show(context, &substrate).await,
+        SubstrateCommand::Dock { substrate, count, no_wait } => dock(context, &substrate, count.0, !no_wait).await,
         SubstrateCommand::Rm { substrates } => {
             let client = context.client()?;
             let mut code = 0;
@@ -98,13 +101,17 @@ async fn list(context: &Context, quiet: bool) -> Result<u8> {
                     format!("{:#}", view.profile.memory),
                     size(docked.map(|docked| docked.memory)),
                     size(docked.map(|docked| docked.stored)),
+                    view.standbys.waiting.to_string(),
                     view.clones.to_string(),
                     output::age(now.saturating_sub(view.created_s)),
                     view.observed.detail().to_string(),
                 ]
             })
             .collect();
-        output::table(&["name", "state", "image", "memory", "held", "stored", "clones", "age", "detail"], rows);
+        output::table(
+            &["name", "state", "image", "memory", "held", "stored", "waiting", "clones", "age", "detail"],
+            rows,
+        );
     }
     Ok(0)
 }
@@ -125,6 +132,7 @@ async fn show(context: &Context, substrate: &str) -> Result<u8> {
         ("warm", view.recipe.warm.clone().unwrap_or_default()),
         ("ready", view.recipe.ready.clone().unwrap_or_default()),
         ("clones", view.clones.to_string()),
+        ("QEMUs waiting", standbys(&view)),
     ];
     if let Some(docked) = &view.docked {
         let needs = &docked.compatibility;
@@ -140,6 +148,44 @@ async fn show(context: &Context, substrate: &str) -> Result<u8> {
         lines.push(("needs machine", needs.machine.clone()));
     }
     output::pairs(&lines);
+    Ok(0)
+}
+
+fn standbys(view: &SubstrateView) -> String {
+    let of = match view.standbys.asked {
+        Some(asked) => format!("{} of {asked}", view.standbys.waiting),
+        None => format!("{} (as demand has it)", view.standbys.waiting),
+    };
+    view.standbys.error.as_ref().map_or(of.clone(), |error| format!("{of}; the last one failed: {error}"))
+}
+
+/// How long QEMUs may take until they wait, each.
+const DOCKED: Duration = Duration::from_secs(30);
+
+async fn dock(context: &Context, substrate: &str, count: Option<u32>, wait: bool) -> Result<u8> {
+    let client = context.client()?;
+    let mut view: SubstrateView = client.post(&format!("{}/standbys", of(substrate)), &KeepStandbys { count }).await?;
+    let wanted = count.filter(|_| wait).unwrap_or(0);
+    let mut last = (view.standbys.waiting, Instant::now());
+    while view.standbys.waiting < wanted {
+        if let Some(error) = view.standbys.error {
+            let waiting = view.standbys.waiting;
+            return Err(error.context(format!("{waiting} of {wanted} QEMUs wait")));
+        }
+        if view.standbys.waiting > last.0 {
+            last = (view.standbys.waiting, Instant::now());
+        }
+        if last.1.elapsed() > DOCKED {
+            return Err(Error::deadline(format!("{} of {wanted} QEMUs wait", last.0)));
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        view = client.get(&of(substrate)).await?;
+    }
+    if context.json {
+        output::json(&view)?;
+    } else {
+        output::note(&format!("{}: {} QEMUs wait", view.name, standbys(&view)));
+    }
     Ok(0)
 }
 

@@ -9,7 +9,7 @@ use burgeon_api::{
     Error,
     host::Begin,
     receipt::Receipt,
-    substrate::{ActivateVms, CreateSubstrate, ForkVm, Forked, SubstrateView},
+    substrate::{ActivateVms, CreateSubstrate, ForkVm, Forked, KeepStandbys, MOST_STANDBYS, SubstrateView},
     vm::{Observed, VmView},
 };
 use burgeon_store::meta::VmRow;
@@ -35,6 +35,11 @@ pub(super) fn add(routes: &mut Routes) {
     routes.add("get", "/v1/substrates/{substrate}", "One substrate, by name or id", show).gives(one.clone());
     routes
         .add("get", "/v1/substrates/{substrate}/wait", "Wait until the substrate is docked, or has failed", wait)
+        .gives(one.clone());
+    let keep = routes.schema::<KeepStandbys>();
+    routes
+        .add("post", "/v1/substrates/{substrate}/standbys", "How many QEMUs wait for VMs of it", keep_standbys)
+        .takes(keep)
         .gives(one);
     routes.add("delete", "/v1/substrates/{substrate}", "Remove a substrate that no VM goes on from", remove);
     routes
@@ -77,12 +82,25 @@ async fn make(State(state): State<Shared>, Json(request): Json<CreateSubstrate>)
     if !is_known {
         substrates::raise(&state, row.clone());
     }
-    Ok(Json(substrates::view(&state, &row, &[])))
+    Ok(Json(substrates::view(&state, &row, &[], &Vec::new())))
 }
 
 async fn show(State(state): State<Shared>, Path(name): Path<String>) -> Answer<Json<SubstrateView>> {
     let row = substrates::find(&state, &name).await?;
-    Ok(Json(substrates::view(&state, &row, &state.meta.vms().await?)))
+    Ok(Json(substrates::view(&state, &row, &state.meta.vms().await?, &substrates::standbys(&state).await)))
+}
+
+async fn keep_standbys(
+    State(state): State<Shared>,
+    Path(name): Path<String>,
+    Json(request): Json<KeepStandbys>,
+) -> Answer<Json<SubstrateView>> {
+    let row = substrates::find(&state, &name).await?;
+    if request.count.is_some_and(|count| count > MOST_STANDBYS) {
+        return Err(Error::invalid(format!("at most {MOST_STANDBYS} QEMUs wait for one substrate")).into());
+    }
+    state.host.keep_standbys(row.id, request.count).await?;
+    Ok(Json(substrates::view(&state, &row, &state.meta.vms().await?, &substrates::standbys(&state).await)))
 }
 
 async fn wait(State(state): State<Shared>, Path(name): Path<String>) -> Answer<Json<SubstrateView>> {
@@ -90,7 +108,7 @@ async fn wait(State(state): State<Shared>, Path(name): Path<String>) -> Answer<J
     loop {
         let looks = state.seen.borrow().looks;
         let row = substrates::find(&state, &id).await?;
-        let view = substrates::view(&state, &row, &state.meta.vms().await?);
+        let view = substrates::view(&state, &row, &state.meta.vms().await?, &substrates::standbys(&state).await);
         if burgeon_plan::vm::is_over(&view.observed) {
             return Ok(Json(view));
         }
@@ -109,7 +127,7 @@ async fn activate(
     Json(request): Json<ActivateVms>,
 ) -> Answer<Json<Vec<VmView>>> {
     let source = substrates::find(&state, &name).await?;
-    let view = substrates::view(&state, &source, &[]);
+    let view = substrates::view(&state, &source, &[], &Vec::new());
     if view.observed != Observed::Docked {
         let (state, detail) = (view.observed.name(), view.observed.detail());
         return Err(Error::conflict(format!("substrate {} is not docked: it is {state} {detail}", view.name)).into());
