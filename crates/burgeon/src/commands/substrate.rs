@@ -165,14 +165,14 @@ const DOCKED: Duration = Duration::from_secs(30);
 async fn dock(context: &Context, substrate: &str, count: Option<u32>, wait: bool) -> Result<u8> {
     let client = context.client()?;
     let mut view: SubstrateView = client.post(&format!("{}/standbys", of(substrate)), &KeepStandbys { count }).await?;
-    let wanted = count.filter(|_| wait).unwrap_or(0);
+    let wanted = count.filter(|_| wait);
     let mut last = (view.standbys.waiting, Instant::now());
-    while view.standbys.waiting < wanted {
+    while let Some(wanted) = wanted.filter(|wanted| *wanted != view.standbys.waiting) {
         if let Some(error) = view.standbys.error {
             let waiting = view.standbys.waiting;
             return Err(error.context(format!("{waiting} of {wanted} QEMUs wait")));
         }
-        if view.standbys.waiting > last.0 {
+        if view.standbys.waiting != last.0 {
             last = (view.standbys.waiting, Instant::now());
         }
         if last.1.elapsed() > DOCKED {

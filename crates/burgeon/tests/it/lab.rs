@@ -146,16 +146,32 @@ impl Lab {
         u32::try_from(view["on_host"]["pid"].as_u64().unwrap_or_else(|| panic!("{view}"))).unwrap()
     }
 
-    /// QEMU processes that work below the data directory.
+    /// QEMU processes of VMs.
     pub(crate) fn qemus(&self) -> Vec<u32> {
+        self.processes_below().into_iter().filter(|(_, cwd)| !waits(cwd)).map(|(pid, _)| pid).collect()
+    }
+
+    /// QEMU processes that wait for VMs of a substrate.
+    pub(crate) fn standbys(&self) -> Vec<u32> {
+        self.processes_below().into_iter().filter(|(_, cwd)| waits(cwd)).map(|(pid, _)| pid).collect()
+    }
+
+    /// Processes that work below the data directory, and where.
+    fn processes_below(&self) -> Vec<(u32, PathBuf)> {
         let below = fs::canonicalize(self.data()).unwrap_or_else(|_| self.data());
-        processes().into_iter().filter(|pid| cwd(*pid).is_some_and(|cwd| cwd.starts_with(&below))).collect()
+        let all = processes().into_iter().filter_map(|pid| Some((pid, cwd(pid)?)));
+        all.filter(|(_, cwd)| cwd.starts_with(&below)).collect()
     }
 }
 
 /// `tcg` unless somebody asks for more: a probe of KVM in every lab would only cost time.
 fn accelerator() -> String {
     std::env::var("BURGEON_TEST_ACCEL").unwrap_or_else(|_| "tcg".into())
+}
+
+/// Whether it is the directory of a QEMU that waits. One that has been removed is nobody's any more.
+fn waits(cwd: &Path) -> bool {
+    cwd.parent().is_some_and(|vm| vm.join("standby").exists() || !vm.exists())
 }
 
 fn processes() -> Vec<u32> {
@@ -229,7 +245,8 @@ impl Drop for Lab {
         let data = self.data();
         let ours = |pid: &u32| command_line(*pid).contains(&format!("--data {} ", data.display()));
         let servers: Vec<u32> = processes().into_iter().filter(ours).collect();
-        for pid in servers.iter().chain(&self.qemus()) {
+        let below: Vec<u32> = self.processes_below().into_iter().map(|(pid, _)| pid).collect();
+        for pid in servers.iter().chain(&below) {
             if send(*pid, "KILL").is_err() {
                 eprintln!("process {pid} had ended by itself");
             }
@@ -239,7 +256,7 @@ impl Drop for Lab {
             eprintln!("--- serve.log\n{log}");
         }
         let begun = Instant::now();
-        while !self.qemus().is_empty() && begun.elapsed() < Duration::from_secs(10) {
+        while !self.processes_below().is_empty() && begun.elapsed() < Duration::from_secs(10) {
             std::thread::sleep(Duration::from_millis(20));
         }
     }

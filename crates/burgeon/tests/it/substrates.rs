@@ -133,7 +133,63 @@ fn clones_and_forks_go_on_from_memory_and_are_nobodys_twins() {
     assert!(qemus.iter().all(|pid| is_running(*pid)));
     lab.run(&["vm", "rm", "c-2", "c-3", "f-1", "f-2", "g", "h", "k", "l", "cold", "warm"]).good();
     lab.run(&["substrate", "rm", "base"]).good();
-    until("no QEMU is left", || lab.qemus().is_empty());
+    until("no QEMU is left", || lab.qemus().is_empty() && lab.standbys().is_empty());
+}
+
+#[test]
+fn vms_begin_at_once_where_qemus_wait() {
+    let lab = Lab::new(&["tiny"]);
+    lab.run(&["substrate", "create", "base", "--image", "tiny", "-p", "tiny"]).good();
+    let docked = |count: u32| {
+        let view = lab.json(&["substrate", "dock", "base", &count.to_string()]);
+        assert_eq!(view["standbys"]["waiting"], count, "{view}");
+        let mut waiting = lab.standbys();
+        waiting.sort_unstable();
+        waiting
+    };
+    let refused = lab.run(&["substrate", "dock", "base", "65"]);
+    assert!(refused.code == 1 && refused.stderr.contains("at most 64"), "{}", refused.stderr);
+    assert_eq!(lab.run(&["substrate", "dock", "base", "many"]).code, 2);
+    lab.vm("tiny", "vm", "tiny");
+    let refused = lab.run(&["substrate", "dock", "vm", "1"]);
+    assert!(refused.stderr.contains("there is no substrate \"vm\""), "{}", refused.stderr);
+
+    // VMs take those that wait, each its own, and are as different as others.
+    let waiting = docked(2);
+    lab.run(&["vm", "create", "-s", "base", "--name", "c", "-c", "2"]).good();
+    let mut taken = vec![lab.pid_of_vm("c-1"), lab.pid_of_vm("c-2")];
+    taken.sort_unstable();
+    assert_eq!(taken, waiting);
+    let (one, other) = (lab.receipt("c-1"), lab.receipt("c-2"));
+    for key in ["generation", "sample", "boot_id", "host_name", "hardware_addresses"] {
+        assert!(!one[key].is_null() && (one[key] != other[key] || key == "hardware_addresses"), "{key}: {one} {other}");
+    }
+    assert_eq!((lab.said("c-1", "hostname"), lab.said("c-2", "hostname")), ("c-1".into(), "c-2".into()));
+    assert!(one["clock_offset_us"].as_i64().unwrap().abs() < 100_000, "{one}");
+    let phases = lab.json(&["vm", "show", "c-1"])["on_host"]["start_times"].clone();
+    assert_eq!(phases[1]["phase"], "claim", "{phases}");
+
+    // One that has died meanwhile is not taken.
+    let waiting = docked(2);
+    waiting.iter().for_each(|pid| kill(*pid, "KILL"));
+    lab.run(&["vm", "create", "-s", "base", "--name", "d"]).good();
+    assert!(!waiting.contains(&lab.pid_of_vm("d")) && lab.said("d", "hostname") == "d");
+
+    // The next host process ends those that it finds, has others wait, and takes up the VMs as any others.
+    let waiting = docked(2);
+    kill(lab.pid("host"), "KILL");
+    until("c-1 is found again", || lab.run(&["exec", "c-1", "true"]).code == 0);
+    until("the old ones have ended", || waiting.iter().all(|pid| !is_running(*pid)));
+    until("others wait", || lab.standbys().len() == 2);
+    lab.run(&["fork", "c-1", "--name", "f"]).good();
+    assert_eq!(lab.said("f", "hostname"), "f");
+    assert_eq!(docked(0), Vec::<u32>::new());
+
+    lab.run(&["vm", "rm", "vm", "c-1", "c-2", "d", "f"]).good();
+    docked(1);
+    lab.run(&["substrate", "rm", "base"]).good();
+    until("no QEMU is left", || lab.qemus().is_empty() && lab.standbys().is_empty());
+    until("no directory is left", || std::fs::read_dir(lab.data().join("vms")).unwrap().next().is_none());
 }
 
 #[test]
