@@ -8,12 +8,14 @@
 mod agent;
 mod boot;
 mod channel;
+mod connections;
 mod disk;
 mod each;
 mod exec;
 mod files;
 mod freeze;
 mod identity;
+mod server_keys;
 mod spawn;
 mod sys;
 mod system;

@@ -79,11 +79,14 @@ impl Agent {
             }
             Request::Stop { how } => self.stop(how),
             Request::Grow => disk::grow_all(),
-            Request::Settle { .. } | Request::Renew(_) if !self.frozen => {
+            Request::Settle { .. } | Request::Renew(_) | Request::RenewWith { .. } if !self.frozen => {
                 Err(failure(FailureKind::Unsupported, "the workload is not frozen"))
             }
             Request::Settle { generalise } => identity::settle(generalise),
-            Request::Renew(wanted) => identity::renew(&wanted).map(Answer::Receipt),
+            Request::Renew(wanted) => identity::renew(&wanted, &[]).map(|(receipt, _)| Answer::Receipt(receipt)),
+            Request::RenewWith { identity, more } => {
+                identity::renew(&identity, &more).map(|(receipt, more)| Answer::Renewed { receipt, more })
+            }
             Request::Identity { host_name } => system::set_host_name(&host_name),
         })
     }
