@@ -189,6 +189,9 @@ pub(crate) async fn give(
 }
 
 #[cfg(test)]
+mod lies;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
