@@ -24,6 +24,12 @@ pub struct Receipt {
     pub hardware_addresses: Vec<String>,
     /// TCP connections of the captured state that were ended.
     pub ended_connections: u32,
+    /// TCP connections to other machines that live on, because that was asked for.
+    #[serde(default)]
+    pub kept_connections: u32,
+    /// The fingerprint of its SSH server's host key, where it has a server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ssh_host_key: Option<String>,
     /// The image's programs for clones, and how long each took.
     pub hooks: Vec<PhaseTime>,
     /// Seconds since 1970.

@@ -33,16 +33,14 @@ use tokio::{
 
 use crate::{
     frozen::Frozen,
-    identity,
+    identity::{self, IDENTITY_DEADLINE},
     plug::blocking,
     prepare,
     record::Record,
     standby::Standby,
-    start::{self, Context, MONITOR_DEADLINE, Phases, Step, Up, clock_ns, connect_agent, connect_monitor},
+    start::{self, Context, MONITOR_DEADLINE, Phases, Step, Up, connect_agent, connect_monitor},
 };
 
-/// How long the guest may take to renew itself, its own programs for that included.
-const IDENTITY_DEADLINE: Duration = Duration::from_secs(60);
 /// How long a child waits for the instant that it goes on from.
 const INSTANT_DEADLINE: Duration = Duration::from_secs(120);
 
@@ -303,18 +301,5 @@ async fn identify(
 ) -> Result<Receipt> {
     agent.wait_ready(Instant::now() + IDENTITY_DEADLINE).await?;
     phases.enter("identify");
-    let own = claim.source == launch.id;
-    let wanted = identity::new(launch, own, clock_ns())?;
-    let asked = clock_ns();
-    let shown = agent
-        .clone()
-        .with_deadline(IDENTITY_DEADLINE)
-        .renew(wanted.clone())
-        .await
-        .map_err(|error| error.context("give the guest its identity"))?;
-    // The guest told its time somewhere between the question and the answer.
-    let told = clock_ns().min(asked.max(shown.time_ns)).max(asked);
-    let receipt = identity::receipt(shown, claim.origin.clone(), told);
-    identity::verify(&receipt, &wanted, own, &context.siblings)?;
-    Ok(receipt)
+    identity::give(agent, launch, claim.source == launch.id, &claim.origin, &context.siblings).await
 }

@@ -3,11 +3,29 @@
 use std::{
     collections::{HashSet, VecDeque},
     sync::{Mutex, PoisonError},
+    time::Duration,
 };
 
-use burgeon_api::{Error, Result, VmId, host::Launch, profile::Network, receipt::Receipt, vm::PhaseTime};
-use burgeon_guest::protocol;
+use burgeon_api::{
+    Error, Result, VmId,
+    exec::{ExecSpec, Exit},
+    host::Launch,
+    profile::Network,
+    receipt::Receipt,
+    vm::PhaseTime,
+};
+use burgeon_guest::{
+    client::AgentClient,
+    protocol::{self, Proof, Provision},
+};
 use burgeon_plan::receipt::{Wanted, check};
+
+use crate::{ssh_key, start::clock_ns};
+
+/// How long the guest may take to renew itself, its own programs for that included.
+pub(crate) const IDENTITY_DEADLINE: Duration = Duration::from_secs(60);
+/// Agents before it know no more than [`protocol::Identity`], and end no connections.
+const REVISION: u16 = 2;
 
 /// Receipts that are remembered for comparison.
 const REMEMBERED: usize = 200_000;
@@ -28,13 +46,18 @@ impl Siblings {
     /// # Errors
     /// `Damaged` where another VM has shown the same.
     pub(crate) fn admit(&self, receipt: &Receipt) -> Result<()> {
-        let own =
-            [("random bytes", &receipt.sample), ("generation", &receipt.generation), ("boot id", &receipt.boot_id)];
+        let none = String::new();
+        let own = [
+            ("random bytes", &receipt.sample),
+            ("generation", &receipt.generation),
+            ("boot id", &receipt.boot_id),
+            ("SSH host key", receipt.ssh_host_key.as_ref().unwrap_or(&none)),
+        ];
         let mut shown = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((what, value)) = own.iter().find(|(_, value)| !value.is_empty() && shown.known.contains(*value)) {
             return Err(Error::damaged(format!("the guest's receipt is not good: its {what} {value} is another VM's")));
         }
-        for (_, value) in own {
+        for (_, value) in own.into_iter().filter(|(_, value)| !value.is_empty()) {
             if shown.known.insert(value.clone()) {
                 shown.in_order.push_back(value.clone());
             }
@@ -75,7 +98,7 @@ fn text(address: [u8; 6]) -> String {
 ///
 /// # Errors
 /// Where the system has no random numbers.
-pub(crate) fn new(launch: &Launch, own: bool, now_ns: u64) -> Result<protocol::Identity> {
+fn new(launch: &Launch, own: bool, now_ns: u64) -> Result<protocol::Identity> {
     let hardware_addresses = match launch.profile.network {
         Network::User if !own => vec![hardware_address(launch.id)],
         Network::User | Network::None => Vec::new(),
@@ -92,7 +115,7 @@ pub(crate) fn new(launch: &Launch, own: bool, now_ns: u64) -> Result<protocol::I
 }
 
 /// What the guest has shown, in the words of the API. `now_ns` is the middle of the time in which its answer came.
-pub(crate) fn receipt(shown: protocol::Receipt, origin: String, now_ns: u64) -> Receipt {
+fn receipt(shown: protocol::Receipt, more: &[Proof], origin: String, now_ns: u64) -> Receipt {
     let clock = i128::from(shown.time_ns) - i128::from(now_ns);
     let plain = |text: &str| burgeon_api::path_text::printable(text.get(..64).unwrap_or(text));
     let hooks = shown
@@ -100,6 +123,15 @@ pub(crate) fn receipt(shown: protocol::Receipt, origin: String, now_ns: u64) -> 
         .iter()
         .take(64)
         .map(|(name, microseconds)| PhaseTime { phase: plain(name), microseconds: *microseconds });
+    let kept_connections = more.iter().find_map(|proof| match proof {
+        Proof::KeptConnections(count) => Some(*count),
+        Proof::SshHostKey(_) => None,
+    });
+    let ssh_host_key = more.iter().find_map(|proof| match proof {
+        // What is no key differs from the one that was given, too.
+        Proof::SshHostKey(public) => Some(ssh_key::fingerprint(public).unwrap_or_else(|| "none".into())),
+        Proof::KeptConnections(_) => None,
+    });
     Receipt {
         generation: hexadecimal(&shown.generation),
         origin,
@@ -110,25 +142,86 @@ pub(crate) fn receipt(shown: protocol::Receipt, origin: String, now_ns: u64) -> 
         clock_offset_us: i64::try_from(clock / 1000).unwrap_or(i64::MAX),
         hardware_addresses: shown.hardware_addresses.into_iter().take(64).map(text).collect(),
         ended_connections: shown.ended_connections,
+        kept_connections: kept_connections.unwrap_or(0),
+        ssh_host_key,
         hooks: hooks.collect(),
         given_s: now_ns / 1_000_000_000,
     }
 }
 
-/// Whether the guest is what it was made.
+/// Gives a guest that goes on from a captured state its identity, and takes its receipt. `own`: the state was its own.
+/// Whoever gets an error must end the guest.
 ///
 /// # Errors
-/// `Damaged`, with what differs.
-pub(crate) fn verify(receipt: &Receipt, identity: &protocol::Identity, own: bool, siblings: &Siblings) -> Result<()> {
-    let wanted = Wanted {
-        generation: hexadecimal(&identity.generation),
-        host_name: identity.host_name.clone(),
-        machine_id: identity.machine_id.as_ref().map(|id| hexadecimal(id)),
-        hardware_addresses: (!own).then(|| identity.hardware_addresses.iter().copied().map(text).collect()),
+/// `Refused` for an agent that is too old for a clone; `Deadline` where no receipt comes; `Damaged` for one that is not
+/// good, with what differs; the guest's own.
+pub(crate) async fn give(
+    agent: &AgentClient,
+    launch: &Launch,
+    own: bool,
+    origin: &str,
+    siblings: &Siblings,
+) -> Result<Receipt> {
+    let wanted = new(launch, own, clock_ns())?;
+    let revision = agent.hello().map_or(1, |about| about.revision());
+    if revision < REVISION && !own {
+        return Err(Error::refused("the guest's agent is older than this Burgeon, and cannot be made another machine")
+            .with_hint("make the substrate again, or stop the VM, start it and fork it then"));
+    }
+    let key = if own { None } else { Some(ssh_key::files(&random()?, random()?, &launch.name)?) };
+    let fingerprint = key.as_ref().and_then(|key| ssh_key::fingerprint(&key.public));
+    let asked = clock_ns();
+    let patient = agent.clone().with_deadline(IDENTITY_DEADLINE);
+    let shown = if revision < REVISION {
+        patient.renew(wanted.clone()).await.map(|receipt| (receipt, Vec::new()))
+    } else {
+        let key = key.map(|key| Provision::SshHostKey { private: key.private, public: key.public });
+        patient.renew_with(wanted.clone(), key.into_iter().collect()).await
     };
-    check(receipt, &wanted)?;
-    siblings.admit(receipt)
+    let (shown, more) = shown.map_err(|error| error.context("give the guest its identity"))?;
+    // The guest told its time somewhere between the question and the answer.
+    let told = clock_ns().min(asked.max(shown.time_ns)).max(asked);
+    let receipt = receipt(shown, &more, origin.into(), told);
+    let wanted = Wanted {
+        generation: hexadecimal(&wanted.generation),
+        host_name: wanted.host_name,
+        machine_id: wanted.machine_id.as_ref().map(|id| hexadecimal(id)),
+        hardware_addresses: (!own).then(|| wanted.hardware_addresses.iter().copied().map(text).collect()),
+        ssh_host_key: fingerprint,
+        end_connections: wanted.end_connections,
+    };
+    check(&receipt, &wanted)?;
+    siblings.admit(&receipt)?;
+    Ok(receipt)
 }
+
+/// Has a guest that waits for its VM do once what is going to be asked of it then: a renewal, and a command.
+///
+/// # Errors
+/// The guest's own.
+pub(crate) async fn rehearse(agent: &AgentClient, launch: &Launch) -> Result<()> {
+    if agent.hello().map_or(1, |about| about.revision()) < REVISION {
+        return Ok(());
+    }
+    // What the state holds of connections and secrets is for the VM to lose or to keep.
+    let identity = protocol::Identity { end_connections: false, ..new(launch, false, clock_ns())? };
+    let patient = agent.clone().with_deadline(IDENTITY_DEADLINE);
+    patient.renew_with(identity, vec![Provision::Rehearsal, Provision::KeepSecrets]).await?;
+    let argv = ["/proc/self/exe", "rehearse"].map(String::from).to_vec();
+    let spec = ExecSpec { argv, time_limit_ms: Some(10_000), ..ExecSpec::default() };
+    let (stdin, mut output, _control) = agent.exec(spec).await?.split();
+    stdin.finish();
+    match output.collect(1024).await {
+        (.., Exit::Code { code: 0 }) => agent.freeze().await,
+        (_, said, exit) => Err(Error::damaged(format!(
+            "a command in the guest ended with {exit:?}: {}",
+            String::from_utf8_lossy(&said)
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod lies;
 
 #[cfg(test)]
 mod tests {

@@ -24,6 +24,7 @@ mod room;
 mod seed;
 mod server;
 mod session;
+mod ssh_key;
 mod standby;
 mod start;
 mod vm;

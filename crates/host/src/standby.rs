@@ -6,8 +6,8 @@
 //!   +-------+--------+--------+--> ended, and nothing is left: the next one may be better
 //! ```
 //! Emulation translates code when it runs for the first time, so a guest that has just been loaded is slow. Therefore its
-//! kernel and its agent run here until the agent has answered; the workload is frozen since before the state was captured,
-//! and what makes the guest somebody comes with the claim. A guest that wants to write to its disk meanwhile, which no VM
+//! kernel and its agent run here, and rehearse what is going to be asked of them. The workload is frozen since before the
+//! state was captured, and stays so: who the guest is, is told with the claim. A guest that wants to write to its disk meanwhile, which no VM
 //! owns yet, is ended.
 //!
 //! One that waits has a directory like a VM's, with a file that says so in place of a record. At the claim QEMU's own
@@ -47,6 +47,7 @@ use tokio::{
 
 use crate::{
     frozen::Frozen,
+    identity,
     plug::blocking,
     prepare,
     record::find_unrecorded,
@@ -419,7 +420,7 @@ async fn greet(
     let agent = connect_agent(directory, "", true, deadline).await?;
     state::go_on(&qmp).await?;
     agent.wait_ready(Instant::now() + GREETED).await?;
-    agent.figures().await?;
+    identity::rehearse(&agent, launch).await?;
     state::pause(&qmp).await?;
     if context.disks.is_spoiled(launch.id) {
         return Err(Error::refused("its guest writes to its disk though its workload is frozen"));

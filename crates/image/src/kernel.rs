@@ -18,6 +18,8 @@ use crate::{
 const CHANNEL: [&str; 4] = ["virtio_ring", "virtio", "virtio_pci", "virtio_console"];
 /// What a root disk, a network and entropy need, and the file system that joins a base and changes.
 const ROOT: [&str; 5] = ["virtio_blk", "ext4", "virtio_net", "virtio_rng", "overlay"];
+/// What ends connections that a clone has inherited. Kernels without it have guests that refuse to.
+const OF_CLONES: [&str; 2] = ["inet_diag", "tcp_diag"];
 
 /// Parts of the module tree that a virtual machine of ours can use: file systems, networks without
 /// hardware, block layers, virtio. Drivers for hardware that is never there stay out, which
@@ -197,6 +199,7 @@ impl Kernel {
     pub(crate) fn select(&self, recipe: &Recipe, document: &Document) -> Result<Selection> {
         let early = self.modules.order(&CHANNEL)?;
         let mut wanted: Vec<&str> = ROOT.to_vec();
+        wanted.extend(OF_CLONES.iter().filter(|name| self.modules.order(&[name]).is_ok()));
         for (index, name) in recipe.modules.iter().enumerate() {
             self.modules
                 .order(&[name])

@@ -17,6 +17,10 @@ pub struct Wanted {
     pub machine_id: Option<String>,
     /// Absent: it keeps its own.
     pub hardware_addresses: Option<Vec<String>>,
+    /// The fingerprint of the host key that it was given. A guest without an SSH server has none.
+    pub ssh_host_key: Option<String>,
+    /// Whether connections to other machines were to be ended.
+    pub end_connections: bool,
 }
 
 /// # Errors
@@ -42,6 +46,14 @@ pub fn check(receipt: &Receipt, wanted: &Wanted) -> Result<()> {
         let (has, shall) = (receipt.hardware_addresses.join(" "), shall.join(" "));
         return wrong(format!("its network cards have the addresses {has}, not {shall}"));
     }
+    if let (Some(key), Some(shall)) = (&receipt.ssh_host_key, &wanted.ssh_host_key)
+        && key != shall
+    {
+        return wrong(format!("its SSH host key is {key}, not {shall}"));
+    }
+    if wanted.end_connections && receipt.kept_connections > 0 {
+        return wrong(format!("{} inherited TCP connections live on", receipt.kept_connections));
+    }
     if receipt.clock_offset_us.unsigned_abs() > MOST_CLOCK_OFFSET_US {
         return wrong(format!("its clock is off by {} ms", receipt.clock_offset_us / 1000));
     }
@@ -62,6 +74,8 @@ mod tests {
             host_name: "web-1".into(),
             machine_id: Some("b".repeat(32)),
             hardware_addresses: Some(vec!["02:00:00:00:00:01".into()]),
+            ssh_host_key: Some("SHA256:a".into()),
+            end_connections: true,
         };
         let good = Receipt {
             generation: wanted.generation.clone(),
@@ -79,6 +93,8 @@ mod tests {
         assert!(told(Receipt { host_name: "web".into(), ..good.clone() }).contains("host name is web"));
         assert!(told(Receipt { machine_id: "d".into(), ..good.clone() }).contains("machine id is d"));
         assert!(told(Receipt { hardware_addresses: vec![], ..good.clone() }).contains("network cards"));
+        assert!(told(Receipt { ssh_host_key: Some("SHA256:b".into()), ..good.clone() }).contains("SSH host key"));
+        assert!(told(Receipt { kept_connections: 2, ..good.clone() }).contains("2 inherited TCP connections"));
         assert!(told(Receipt { clock_offset_us: 100_001, ..good.clone() }).contains("off by 100 ms"));
         assert!(told(Receipt { sample: "0".repeat(32), ..good.clone() }).contains("random"));
         assert!(told(Receipt { sample: "1".repeat(31), ..good }).contains("random"));

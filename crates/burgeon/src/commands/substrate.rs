@@ -268,6 +268,8 @@ pub(super) async fn receipt(context: &Context, vm: &str) -> Result<u8> {
         ("clock off by", format!("{} us", receipt.clock_offset_us)),
         ("hardware addresses", receipt.hardware_addresses.join(" ")),
         ("connections ended", receipt.ended_connections.to_string()),
+        ("connections kept", receipt.kept_connections.to_string()),
+        ("SSH host key", receipt.ssh_host_key.unwrap_or_default()),
         ("hooks", hooks.join(" ")),
     ]);
     Ok(0)

@@ -310,3 +310,35 @@ fn a_guest_that_cannot_be_renewed_does_not_go_on() {
     });
     assert!(lab.qemus().is_empty());
 }
+
+#[test]
+fn a_fork_has_no_connections_of_its_source_and_an_ssh_host_key_of_its_own() {
+    let lab = Lab::new(&["debian-minimal"]);
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = server.local_addr().unwrap().port();
+    lab.vm("debian-minimal", "web", "default");
+    let holds = format!(
+        "until ip -4 addr | grep -q 10.0.2; do sleep 0.1; done
+         setsid bash -c 'exec 3<>/dev/tcp/10.0.2.2/{port}; echo > /tmp/up; read -u 3 line; echo \"heard $line\" > /tmp/end' \
+             </dev/null >/dev/null 2>&1 &
+         until test -e /tmp/up; do sleep 0.1; done"
+    );
+    lab.said("web", &holds);
+    let (mut connection, _) = server.accept().unwrap();
+    lab.run(&["fork", "web", "--name", "copy"]).good();
+    let receipt = lab.receipt("copy");
+    assert_eq!((&receipt["ended_connections"], &receipt["kept_connections"]), (&1.into(), &0.into()), "{receipt}");
+    // The copy's program is told; the source's goes on with the one connection that there is.
+    assert_eq!(lab.said("copy", "until test -s /tmp/end; do sleep 0.1; done; cat /tmp/end"), "heard");
+    assert_eq!(lab.said("web", "test -e /tmp/end || echo holds"), "holds");
+    std::io::Write::write_all(&mut connection, b"hello\n").unwrap();
+    assert_eq!(lab.said("web", "until test -s /tmp/end; do sleep 0.1; done; cat /tmp/end"), "heard hello");
+
+    let keys = "cd /etc/ssh && ls ssh_host_* && ssh-keygen -lf ssh_host_ed25519_key | cut -d' ' -f2 && \
+                ssh-keygen -y -f ssh_host_ed25519_key | diff - ssh_host_ed25519_key.pub && stat -c %a ssh_host_ed25519_key";
+    let key = receipt["ssh_host_key"].as_str().unwrap();
+    let shall = format!("ssh_host_ed25519_key\nssh_host_ed25519_key.pub\n{key}\n600");
+    assert_eq!(lab.said("copy", keys), shall);
+    lab.run(&["fork", "copy", "--name", "other"]).good();
+    assert_ne!(lab.receipt("other")["ssh_host_key"], *key);
+}

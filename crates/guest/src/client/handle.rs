@@ -20,8 +20,8 @@ use super::{
     task::{self, Ask, FileEvent, Note, Sink, State},
 };
 use crate::protocol::{
-    About, Answer, BEST_PAYLOAD, CREDIT_BATCH, Exec, Failure, FailureKind, FileEntry, Identity, Receipt, Request,
-    StopHow, cost,
+    About, Answer, BEST_PAYLOAD, CREDIT_BATCH, Exec, Failure, FailureKind, FileEntry, Identity, Proof, Provision,
+    Receipt, Request, StopHow, cost,
 };
 
 /// Entries that [`AgentClient::list`] takes from a guest.
@@ -319,6 +319,17 @@ impl AgentClient {
     pub async fn renew(&self, identity: Identity) -> Result<Receipt> {
         match self.ask(Request::Renew(identity), None, None).await?.0 {
             Answer::Receipt(receipt) => Ok(receipt),
+            _ => Err(strange()),
+        }
+    }
+
+    /// The same, with more than an identity. For agents of revision 2 and later.
+    ///
+    /// # Errors
+    /// As [`Self::renew`].
+    pub async fn renew_with(&self, identity: Identity, more: Vec<Provision>) -> Result<(Receipt, Vec<Proof>)> {
+        match self.ask(Request::RenewWith { identity, more }, None, None).await?.0 {
+            Answer::Renewed { receipt, more } => Ok((receipt, more)),
             _ => Err(strange()),
         }
     }

@@ -3,6 +3,10 @@
 
 use serde::{Deserialize, Serialize};
 
+/// Counts what was added to the messages within one version of the protocol. An agent lives as long as the memory that
+/// it is captured in, so a host meets older ones, and must not send them what they cannot read.
+pub const REVISION: u16 = 2;
+
 /// What a host sends on stream 0.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HostMessage {
@@ -84,6 +88,35 @@ pub enum Request {
     },
     /// Makes of a guest that goes on from a captured state the machine that it shall be. Its workload is frozen still.
     Renew(Identity),
+    /// The same, with more; since [`REVISION`] 2.
+    RenewWith {
+        identity: Identity,
+        more: Vec<Provision>,
+    },
+}
+
+/// What a guest gets beside its [`Identity`]. Of each kind one at most.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Provision {
+    /// The host key of its SSH server, where it has one: the two files as OpenSSH writes them. Others are removed.
+    SshHostKey { private: Vec<u8>, public: Vec<u8> },
+    /// Secrets of the machine that it was stay. Without this they are removed.
+    KeepSecrets,
+    /// It is not to become this machine yet: another identity follows before its workload goes on. An emulated guest is
+    /// slow at what it does for the first time, and so does it once before somebody waits. The image's own programs are
+    /// not run, and until the next identity commands are started though the workload is frozen.
+    Rehearsal,
+}
+
+// Keys are in no log.
+impl std::fmt::Debug for Provision {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str(match self {
+            Self::SshHostKey { .. } => "SshHostKey",
+            Self::KeepSecrets => "KeepSecrets",
+            Self::Rehearsal => "Rehearsal",
+        })
+    }
 }
 
 /// Who a guest shall be.
@@ -102,6 +135,15 @@ pub struct Identity {
     pub hardware_addresses: Vec<[u8; 6]>,
     /// Whether TCP connections that the captured state holds are ended.
     pub end_connections: bool,
+}
+
+/// What a guest shows beside its [`Receipt`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Proof {
+    /// TCP connections to other machines that the captured state holds and that live on.
+    KeptConnections(u32),
+    /// The public host key of its SSH server, as it is in its file.
+    SshHostKey(Vec<u8>),
 }
 
 /// What a guest shows of its new identity.
@@ -191,6 +233,7 @@ pub enum GuestMessage {
 /// An agent's account of itself and its guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct About {
+    /// With the [`REVISION`] behind a plus sign, where that is not 1.
     pub agent_version: String,
     pub protocol_version: u16,
     pub boot_id: String,
@@ -205,14 +248,34 @@ pub struct About {
     pub warnings: Vec<String>,
 }
 
+impl About {
+    /// The revision of the messages that the agent reads.
+    pub fn revision(&self) -> u16 {
+        self.agent_version.rsplit_once('+').and_then(|(_, revision)| revision.parse().ok()).unwrap_or(1)
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Answer {
     Done,
-    Started { pid: u32 },
-    File { mode: u32, size: u64 },
-    Entries { entries: Vec<FileEntry>, more: bool },
+    Started {
+        pid: u32,
+    },
+    File {
+        mode: u32,
+        size: u64,
+    },
+    Entries {
+        entries: Vec<FileEntry>,
+        more: bool,
+    },
     Figures(Figures),
     Receipt(Receipt),
+    /// To [`Request::RenewWith`].
+    Renewed {
+        receipt: Receipt,
+        more: Vec<Proof>,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -49,7 +49,8 @@
 //! After an exec's first process has ended, its output is read until its end, or until 200 ms pass in which
 //! the agent could have read and nothing came (a background process holds the pipe); then it is closed.
 //! A put that breaks leaves nothing behind. Stream numbers are not used twice in a session.
-//! Messages only grow at the end of an enum; every other change is a new version.
+//! Messages only grow at the end of an enum, which raises the [`REVISION`]; every other change is a new version. An
+//! agent tells its revision in [`About`], and a host sends it nothing newer.
 //!
 //! # Flow control
 //! Each direction of a stream starts with 1,048,576 bytes of credit. A data frame costs its length, but at
@@ -68,5 +69,5 @@ pub use frame::{
 };
 pub use message::{
     About, Answer, Exec, ExitStatus, Failure, FailureKind, Figures, FileEntry, FileKind, GuestMessage, Hello,
-    HostMessage, Identity, Receipt, Request, StopHow, TerminalSize,
+    HostMessage, Identity, Proof, Provision, REVISION, Receipt, Request, StopHow, TerminalSize,
 };

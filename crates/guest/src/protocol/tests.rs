@@ -86,7 +86,46 @@ fn host_messages() -> Vec<(&'static str, HostMessage)> {
         ("01070c00", ask(Request::Stop { how: StopHow::PowerOff })),
         ("01070c01", ask(Request::Stop { how: StopHow::Reboot })),
         ("01070d016e", ask(Request::Identity { host_name: "n".into() })),
+        ("01070e", ask(Request::Grow)),
+        ("01070f01", ask(Request::Settle { generalise: true })),
+        ("010710050505050505050505050505050505050109070168000102000000000101", ask(Request::Renew(identity()))),
+        (
+            "01071105050505050505050505050505050505010907016800010200000000010102000170017501",
+            ask(Request::RenewWith {
+                identity: identity(),
+                more: vec![
+                    Provision::SshHostKey { private: b"p".to_vec(), public: b"u".to_vec() },
+                    Provision::KeepSecrets,
+                ],
+            }),
+        ),
     ]
+}
+
+fn identity() -> Identity {
+    Identity {
+        generation: [5; 16],
+        entropy: vec![9],
+        time_ns: 7,
+        host_name: "h".into(),
+        machine_id: None,
+        hardware_addresses: vec![[2, 0, 0, 0, 0, 1]],
+        end_connections: true,
+    }
+}
+
+fn receipt() -> Receipt {
+    Receipt {
+        generation: [5; 16],
+        sample: [6; 16],
+        time_ns: 7,
+        host_name: "h".into(),
+        machine_id: "m".into(),
+        boot_id: "b".into(),
+        hardware_addresses: vec![[2, 0, 0, 0, 0, 1]],
+        ended_connections: 1,
+        hooks: vec![("k".into(), 2)],
+    }
 }
 
 fn guest_messages() -> Vec<(&'static str, GuestMessage)> {
@@ -122,6 +161,17 @@ fn guest_messages() -> Vec<(&'static str, GuestMessage)> {
             reply(Ok(Answer::Entries { entries: kinds.into_iter().map(entry).collect(), more: true })),
         ),
         ("030700040102030405", reply(Ok(Answer::Figures(figures)))),
+        (
+            "030700050505050505050505050505050505050506060606060606060606060606060606070168016d0162010200000000010101016b02",
+            reply(Ok(Answer::Receipt(receipt()))),
+        ),
+        (
+            "030700060505050505050505050505050505050506060606060606060606060606060606070168016d0162010200000000010101016b0202000301016b",
+            reply(Ok(Answer::Renewed {
+                receipt: receipt(),
+                more: vec![Proof::KeptConnections(3), Proof::SshHostKey(b"k".to_vec())],
+            })),
+        ),
         ("03070100016d", fail(FailureKind::Invalid)),
         ("03070101016d", fail(FailureKind::NotFound)),
         ("03070102016d", fail(FailureKind::PermissionDenied)),

@@ -71,6 +71,8 @@ struct Agent {
     /// The stream that sent last; the next one in order is served next.
     served: u32,
     frozen: bool,
+    /// Frozen, and made ready for an identity that is to come.
+    rehearses: bool,
     stopping: Option<(StopHow, Instant)>,
     noise_told: (u64, Instant),
     begun: Instant,
@@ -96,6 +98,7 @@ pub(crate) fn run(channel: Channel, setup: Setup) -> io::Error {
         gets: BTreeMap::new(),
         served: 0,
         frozen: false,
+        rehearses: false,
         stopping: None,
         noise_told: (0, Instant::now()),
         begun: Instant::now(),

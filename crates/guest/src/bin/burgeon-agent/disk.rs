@@ -8,18 +8,18 @@ use std::{
 
 use burgeon_guest::protocol::{Answer, Failure, FailureKind};
 
-use crate::{spawn::failure, sys, system::console};
+use crate::{server_keys, spawn::failure, sys, system::console};
 
 const EXT4_MAGIC: u64 = 0xEF53;
 /// Tells which VM a disk was last renewed for.
 const INSTANCE: &str = "var/lib/burgeon/instance";
 /// What two machines must not share, and what makes itself anew where it is missing.
-const OWN: [&str; 4] = [
-    "var/lib/dbus/machine-id",
-    "var/lib/systemd/random-seed",
-    "var/lib/urandom/random-seed",
-    "var/lib/systemd/credential.secret",
-];
+const OWN: [&str; 3] =
+    ["var/lib/systemd/random-seed", "var/lib/urandom/random-seed", "var/lib/systemd/credential.secret"];
+
+const MACHINE_ID: &str = "etc/machine-id";
+/// Of systems where it is a file of its own.
+const DBUS_MACHINE_ID: &str = "var/lib/dbus/machine-id";
 
 /// Makes a file system of ext4 as large as its device. One that is that large already stays as it is.
 pub(crate) fn grow_one(device: &str, mounted_at: &str) -> io::Result<bool> {
@@ -74,16 +74,28 @@ pub(crate) fn forget_own(root: &Path) -> io::Result<()> {
     for path in OWN {
         remove(&root.join(path))?;
     }
-    for entry in fs::read_dir(root.join("etc/ssh")).into_iter().flatten().flatten() {
-        if entry.file_name().to_string_lossy().starts_with("ssh_host_") {
-            remove(&entry.path())?;
-        }
-    }
-    let machine_id = root.join("etc/machine-id");
+    server_keys::remove(root)?;
+    remove(&root.join(DBUS_MACHINE_ID))?;
+    let machine_id = root.join(MACHINE_ID);
     if fs::symlink_metadata(&machine_id).is_ok() {
         // Empty, it is filled at boot; absent, it would make systemd take this for an installation's first boot.
         remove(&machine_id)?;
         fs::write(&machine_id, "")?;
+    }
+    Ok(())
+}
+
+/// Forgets as well, in a system that goes on without booting: gives it another machine id, or an empty one to be given
+/// another later. D-Bus's file, where it is one of its own, is written too: nothing makes it anew before the next boot.
+pub(crate) fn replace_own(root: &Path, machine_id: &str) -> io::Result<()> {
+    let is_file = |path: &str| fs::symlink_metadata(root.join(path)).is_ok_and(|about| about.is_file());
+    let with_dbus = is_file(DBUS_MACHINE_ID);
+    forget_own(root)?;
+    if with_dbus {
+        fs::write(root.join(DBUS_MACHINE_ID), machine_id)?;
+    }
+    if is_file(MACHINE_ID) {
+        fs::write(root.join(MACHINE_ID), machine_id)?;
     }
     Ok(())
 }
@@ -123,6 +135,14 @@ mod tests {
         assert!(own.iter().all(|path| fs::read_to_string(at(path)).unwrap() == "own"));
         renew(&root, "b").unwrap();
         assert!(own.iter().all(|path| !at(path).exists()));
+        // One that does not boot gets its ids at once, D-Bus's only where that is a file of its own.
+        write("own");
+        replace_own(&root, "new\n").unwrap();
+        assert!(["etc/machine-id", own[2]].iter().all(|path| fs::read_to_string(at(path)).unwrap() == "new\n"));
+        fs::remove_file(at(own[2])).unwrap();
+        std::os::unix::fs::symlink("/etc/machine-id", at(own[2])).unwrap();
+        replace_own(&root, "newer\n").unwrap();
+        assert!(fs::symlink_metadata(at(own[2])).is_err());
         fs::remove_dir_all(&root).unwrap();
     }
 }

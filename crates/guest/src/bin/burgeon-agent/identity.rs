@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use burgeon_guest::protocol::{Answer, Failure, FailureKind, Identity, Receipt};
+use burgeon_guest::protocol::{Answer, Failure, FailureKind, Identity, Proof, Provision, Receipt};
 use rustix::{
     net::{AddressFamily, SocketType},
     rand::GetRandomFlags,
@@ -19,7 +19,7 @@ use rustix::{
 };
 
 use crate::{
-    disk,
+    connections, disk, server_keys,
     spawn::{failure, io_failure},
     sys, system,
 };
@@ -35,8 +35,11 @@ const COMMAND_LINE: &str = "/proc/cmdline";
 const OWN_COMMAND_LINE: &str = "/run/burgeon/cmdline";
 /// Words of it that name the machine. An init that is starting still reads them.
 const NAMES: [&str; 2] = ["burgeon.name=", "systemd.hostname="];
-/// What D-Bus falls back to where it has none of its own, which is removed.
 const MACHINE_ID: &str = "/etc/machine-id";
+/// Where systemd's containers have their roots.
+const CONTAINERS: &str = "/var/lib/machines";
+/// In memory, as all of /run.
+const SECRETS: &str = "/run/burgeon/secrets";
 /// Addresses that were given to another machine.
 const LEASES: [&str; 4] =
     ["/var/lib/dhcp", "/var/lib/dhclient", "/var/lib/NetworkManager", "/run/systemd/netif/leases"];
@@ -44,7 +47,8 @@ const LEASES: [&str; 4] =
 /// Before the guest is captured.
 pub(crate) fn settle(generalise: bool) -> Result<Answer, Failure> {
     if generalise {
-        disk::forget_own(Path::new("/")).map_err(|error| io_failure("cannot forget who this machine is", &error))?;
+        disk::replace_own(Path::new("/"), "")
+            .map_err(|error| io_failure("cannot forget who this machine is", &error))?;
         for directory in LEASES {
             for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
                 if entry.file_name().to_string_lossy().contains("lease") {
@@ -64,7 +68,7 @@ pub(crate) fn settle(generalise: bool) -> Result<Answer, Failure> {
 }
 
 /// Makes this guest the one that is wanted, and shows it.
-pub(crate) fn renew(wanted: &Identity) -> Result<Receipt, Failure> {
+pub(crate) fn renew(wanted: &Identity, provisions: &[Provision]) -> Result<(Receipt, Vec<Proof>), Failure> {
     let step = |what: &'static str| move |error: io::Error| io_failure(what, &error);
     // First of all, so that nothing after it draws what a sibling draws.
     let entropy = wanted.entropy.first_chunk::<64>().filter(|_| wanted.entropy.len() == 64);
@@ -73,17 +77,36 @@ pub(crate) fn renew(wanted: &Identity) -> Result<Receipt, Failure> {
     generator
         .and_then(|generator| sys::add_entropy(&generator, entropy))
         .map_err(step("cannot renew the kernel's generator"))?;
+    // While the addresses are still those that the other ends know.
+    let (ended_connections, kept_connections) = connections::end_inherited(wanted.end_connections)?;
     system::set_clock(wanted.time_ns)?;
     system::set_host_name(&wanted.host_name)?;
     if Path::new("/etc/hostname").is_file() {
         fs::write("/etc/hostname", format!("{}\n", wanted.host_name)).map_err(step("cannot write /etc/hostname"))?;
     }
+    let has_ssh_server = server_keys::is_there(Path::new("/"));
     if let Some(id) = wanted.machine_id {
-        disk::forget_own(Path::new("/")).map_err(step("cannot forget who this machine was"))?;
-        if Path::new(MACHINE_ID).is_file() {
-            let id = format!("{}\n", hexadecimal(&id));
-            fs::write(MACHINE_ID, id).map_err(step("cannot write the machine's id"))?;
+        let id = format!("{}\n", hexadecimal(&id));
+        disk::replace_own(Path::new("/"), &id).map_err(step("cannot forget who this machine was"))?;
+        new_container_ids(Path::new(CONTAINERS)).map_err(step("cannot write a container's machine id"))?;
+    }
+    let mut shown = Vec::new();
+    if kept_connections > 0 {
+        shown.push(Proof::KeptConnections(kept_connections));
+    }
+    for provision in provisions {
+        match provision {
+            Provision::SshHostKey { private, public } if has_ssh_server => {
+                let public = server_keys::replace(Path::new("/"), private, public)
+                    .map_err(step("cannot write the SSH server's key"))?;
+                server_keys::have_read_anew();
+                shown.push(Proof::SshHostKey(public));
+            }
+            Provision::SshHostKey { .. } | Provision::KeepSecrets | Provision::Rehearsal => {}
         }
+    }
+    if wanted.machine_id.is_some() && !provisions.contains(&Provision::KeepSecrets) {
+        forget_secrets(Path::new(SECRETS)).map_err(step("cannot remove the secrets of another machine"))?;
     }
     new_boot_id().map_err(step("cannot renew the boot id"))?;
     let command_line = renamed(&read(COMMAND_LINE), &wanted.host_name);
@@ -98,13 +121,14 @@ pub(crate) fn renew(wanted: &Identity) -> Result<Receipt, Failure> {
     }
     let generation = hexadecimal(&wanted.generation);
     fs::write(GENERATION, format!("{generation}\n")).map_err(step("cannot write the generation"))?;
-    let hooks = run_hooks(&generation)?;
+    let is_rehearsal = provisions.contains(&Provision::Rehearsal);
+    let hooks = if is_rehearsal { Vec::new() } else { run_hooks(&generation)? };
     let mut sample = [0; 16];
     rustix::rand::getrandom(&mut sample, GetRandomFlags::empty())
         .map_err(|error| io_failure("cannot draw random bytes", &error.into()))?;
     let now = rustix::time::clock_gettime(ClockId::Realtime);
     let uname = rustix::system::uname();
-    Ok(Receipt {
+    let receipt = Receipt {
         generation: wanted.generation,
         sample,
         time_ns: u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0),
@@ -112,9 +136,33 @@ pub(crate) fn renew(wanted: &Identity) -> Result<Receipt, Failure> {
         machine_id: read(MACHINE_ID),
         boot_id: read(BOOT_ID),
         hardware_addresses: cards.iter().filter_map(|card| address(card)).collect(),
-        ended_connections: 0,
+        ended_connections,
         hooks,
-    })
+    };
+    Ok((receipt, shown))
+}
+
+/// Gives containers below `machines` other machine ids: each that has one.
+fn new_container_ids(machines: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(machines).into_iter().flatten().flatten() {
+        let path = entry.path().join("etc/machine-id");
+        // A container's own root may point anywhere: only a file of its own is written.
+        let own = |path: &Path| fs::symlink_metadata(path).is_ok_and(|about| about.is_file() && about.len() > 1);
+        let straight = fs::canonicalize(&path).is_ok_and(|real| real == path);
+        if own(&path) && straight {
+            let mut id = [0; 16];
+            rustix::rand::getrandom(&mut id, GetRandomFlags::empty())?;
+            fs::write(&path, format!("{}\n", hexadecimal(&id)))?;
+        }
+    }
+    Ok(())
+}
+
+fn forget_secrets(directory: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 fn read(path: &str) -> String {
@@ -237,8 +285,28 @@ mod tests {
     }
 
     #[test]
+    fn containers_get_machine_ids_of_their_own() {
+        let machines = fs::canonicalize(std::env::temp_dir()).unwrap();
+        let machines = machines.join(format!("burgeon-machines-{}", std::process::id()));
+        let file = |name: &str| machines.join(name).join("etc/machine-id");
+        let old = "0123456789abcdef0123456789abcdef\n";
+        for name in ["one", "two", "first-boot", "linked"] {
+            fs::create_dir_all(file(name).parent().unwrap()).unwrap();
+            fs::write(file(name), if name == "first-boot" { "" } else { old }).unwrap();
+        }
+        fs::rename(file("linked"), machines.join("outside")).unwrap();
+        std::os::unix::fs::symlink(machines.join("outside"), file("linked")).unwrap();
+        new_container_ids(&machines).unwrap();
+        let read = |path: PathBuf| fs::read_to_string(path).unwrap();
+        let (one, two) = (read(file("one")), read(file("two")));
+        assert!(one != old && two != old && one != two && one.len() == old.len());
+        assert_eq!((read(file("first-boot")), read(machines.join("outside"))), (String::new(), old.to_string()));
+        fs::remove_dir_all(&machines).unwrap();
+    }
+
+    #[test]
     fn entropy_of_another_length_renews_nothing() {
-        let error = renew(&Identity { entropy: vec![1; 63], ..Identity::default() }).unwrap_err();
+        let error = renew(&Identity { entropy: vec![1; 63], ..Identity::default() }, &[]).unwrap_err();
         assert_eq!(error.kind, FailureKind::Invalid);
     }
 }

@@ -8,12 +8,14 @@
 mod agent;
 mod boot;
 mod channel;
+mod connections;
 mod disk;
 mod each;
 mod exec;
 mod files;
 mod freeze;
 mod identity;
+mod server_keys;
 mod spawn;
 mod sys;
 mod system;
@@ -39,6 +41,8 @@ fn main() -> ExitCode {
         [b"each", b"--", ..] if words.len() > 2 => return each::run(&arguments[2..]),
         [b"--channel", path] => return serve(Path::new(&OsString::from_vec(path.to_vec()))),
         [boot::INHERIT, port, started] => return boot::serve_inherited(port, started),
+        // A command that does nothing; see the protocol's `Rehearsal`.
+        [b"rehearse"] => return ExitCode::SUCCESS,
         [b"--version"] => {
             console(env!("CARGO_PKG_VERSION"));
             return ExitCode::SUCCESS;

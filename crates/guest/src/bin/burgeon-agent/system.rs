@@ -2,7 +2,7 @@
 
 use std::{fs, io, path::Path};
 
-use burgeon_guest::protocol::{About, Answer, Failure, FailureKind, Figures, StopHow, VERSION};
+use burgeon_guest::protocol::{About, Answer, Failure, FailureKind, Figures, REVISION, StopHow, VERSION};
 use rustix::{
     mount::{MountFlags, UnmountFlags},
     rand::GetRandomFlags,
@@ -39,7 +39,7 @@ pub(crate) fn nonce() -> u64 {
 pub(crate) fn about(warnings: &[String]) -> About {
     let uname = rustix::system::uname();
     About {
-        agent_version: env!("CARGO_PKG_VERSION").to_string(),
+        agent_version: format!("{}+{REVISION}", env!("CARGO_PKG_VERSION")),
         protocol_version: u16::from(VERSION),
         boot_id: fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_string(),
         kernel: uname.release().to_string_lossy().into_owned(),

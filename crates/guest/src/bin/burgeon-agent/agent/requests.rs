@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use burgeon_guest::protocol::{Answer, Failure, FailureKind, Request, StopHow};
+use burgeon_guest::protocol::{Answer, Failure, FailureKind, Provision, Request, StopHow};
 
 use super::Agent;
 use crate::{
@@ -74,16 +74,20 @@ impl Agent {
                 result.map(|()| Answer::Done)
             }
             Request::Thaw => {
-                self.frozen = false;
+                (self.frozen, self.rehearses) = (false, false);
                 freeze::thaw().map(|()| Answer::Done)
             }
             Request::Stop { how } => self.stop(how),
             Request::Grow => disk::grow_all(),
-            Request::Settle { .. } | Request::Renew(_) if !self.frozen => {
+            Request::Settle { .. } | Request::Renew(_) | Request::RenewWith { .. } if !self.frozen => {
                 Err(failure(FailureKind::Unsupported, "the workload is not frozen"))
             }
             Request::Settle { generalise } => identity::settle(generalise),
-            Request::Renew(wanted) => identity::renew(&wanted).map(Answer::Receipt),
+            Request::Renew(wanted) => identity::renew(&wanted, &[]).map(|(receipt, _)| Answer::Receipt(receipt)),
+            Request::RenewWith { identity, more } => {
+                self.rehearses = more.contains(&Provision::Rehearsal);
+                identity::renew(&identity, &more).map(|(receipt, more)| Answer::Renewed { receipt, more })
+            }
             Request::Identity { host_name } => system::set_host_name(&host_name),
         })
     }
@@ -111,10 +115,11 @@ impl Agent {
         if let Err(error) = self.admit(request.stream, 3) {
             return Some(Err(error));
         }
-        if self.frozen {
+        if self.frozen && !self.rehearses {
             return Some(Err(failure(FailureKind::Unsupported, "the workload is frozen")));
         }
-        let cgroup = self.setup.manages_system.then_some(freeze::COMMANDS);
+        // One of a rehearsal is the agent's own: the commands' cgroup is frozen.
+        let cgroup = (self.setup.manages_system && !self.rehearses).then_some(freeze::COMMANDS);
         match spawn::spawn(&request, cgroup, self.spare_stack.take().unwrap_or_else(Stack::new)) {
             Ok((spawned, launch)) => {
                 self.launches.insert(spawned.pid, launch);
