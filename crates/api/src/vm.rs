@@ -41,6 +41,8 @@ pub enum Observed {
     Starting { phase: String },
     /// The agent answers; for an image without agent: QEMU runs.
     Running,
+    /// Its user has paused it: its CPUs stand and its memory is kept, until it is resumed.
+    Paused,
     /// It ended, on request or by itself.
     Stopped { reason: String },
     /// A substrate: its state is kept, and it has no process.
@@ -61,6 +63,7 @@ impl Observed {
             Observed::Pending => "pending",
             Observed::Starting { .. } => "starting",
             Observed::Running => "running",
+            Observed::Paused => "paused",
             Observed::Stopped { .. } => "stopped",
             Observed::Docked => "docked",
             Observed::Parked { .. } => "parked",
@@ -73,7 +76,7 @@ impl Observed {
     /// The detail behind the name: a phase or a reason.
     pub fn detail(&self) -> &str {
         match self {
-            Observed::Pending | Observed::Running | Observed::Docked => "",
+            Observed::Pending | Observed::Running | Observed::Paused | Observed::Docked => "",
             Observed::Starting { phase } => phase,
             Observed::Parked { reason }
             | Observed::Stopped { reason }

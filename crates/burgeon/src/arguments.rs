@@ -262,6 +262,16 @@ pub enum VmCommand {
         #[arg(required = true)]
         vms: Vec<String>,
     },
+    /// Have VMs stand still, with all that they have in memory
+    Pause {
+        #[arg(required = true)]
+        vms: Vec<String>,
+    },
+    /// Let paused VMs go on, with the right time
+    Resume {
+        #[arg(required = true)]
+        vms: Vec<String>,
+    },
     /// Show what a VM that goes on from a substrate, or was forked, has proved of its identity
     Receipt(VmName),
     /// A VM's disks: plug in, grow, snapshot

@@ -192,7 +192,10 @@ async fn go_on(
     state::go_on(&qmp).await?;
     let receipt = identify(context, launch, claim, &agent, phases).await?;
     phases.enter("thaw");
-    agent.thaw().await?;
+    // What its user had frozen before it was parked stays so.
+    if !record.frozen {
+        agent.thaw().await?;
+    }
     let guest = agent.guest_view().ok_or_else(|| Error::unavailable("the channel to the guest ended"))?;
     Ok(Up {
         process,

@@ -45,6 +45,12 @@ pub(crate) struct Record {
     /// What is kept of it, where it is a substrate or parked.
     #[serde(default)]
     pub docked: Option<Docked>,
+    /// Its user has frozen its workload.
+    #[serde(default)]
+    pub frozen: bool,
+    /// Its user has paused it: its CPUs stand, and its workload is frozen.
+    #[serde(default)]
+    pub paused: bool,
     /// How it ended, once it has.
     pub ended: Option<Observed>,
 }

@@ -48,13 +48,9 @@ pub(super) async fn run(context: &Context, command: VmCommand) -> Result<u8> {
         VmCommand::Start { vms, no_wait } => start(context, &vms, !no_wait).await,
         VmCommand::Stop { vms, force } => stop(context, &vms, force).await,
         VmCommand::Rm { vms, force } => remove(context, &vms, force).await,
-        VmCommand::Park { vms } => {
-            let client = context.client()?;
-            for vm in vms {
-                drop::<VmView>(client.post(&format!("{}/park", path(&vm)), &json!({})).await?);
-            }
-            Ok(0)
-        }
+        VmCommand::Park { vms } => each(context, &vms, "park").await,
+        VmCommand::Pause { vms } => each(context, &vms, "pause").await,
+        VmCommand::Resume { vms } => each(context, &vms, "resume").await,
         VmCommand::Receipt(VmName { vm }) => super::substrate::receipt(context, &vm).await,
         VmCommand::Freeze(VmName { vm }) => verb(context, &vm, "freeze").await,
         VmCommand::Thaw(VmName { vm }) => verb(context, &vm, "thaw").await,
@@ -294,6 +290,19 @@ pub(super) async fn logs(context: &Context, vm: &str) -> Result<u8> {
 
 async fn verb(context: &Context, vm: &str, verb: &str) -> Result<u8> {
     context.client()?.post::<()>(&format!("{}/{verb}", path(vm)), &json!({})).await?;
+    Ok(0)
+}
+
+/// Something that is done to one VM after the other.
+async fn each(context: &Context, vms: &[String], verb: &str) -> Result<u8> {
+    let client = context.client()?;
+    let mut views: Vec<VmView> = Vec::new();
+    for vm in vms {
+        views.push(client.post(&format!("{}/{verb}", path(vm)), &json!({})).await?);
+    }
+    if context.json {
+        output::json(&views)?;
+    }
     Ok(0)
 }
 
