@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, VmId, image::Boot, profile::Profile, receipt::Receipt, substrate::Docked};
+use crate::{ByteSize, VmId, image::Boot, life::Life, profile::Profile, receipt::Receipt, substrate::Docked};
 
 /// What hardware runs the guest's instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
@@ -163,6 +163,9 @@ pub struct VmView {
     pub starts: u32,
     /// Seconds since 1970.
     pub created_s: u64,
+    /// When it is removed or parked by itself.
+    #[serde(default, skip_serializing_if = "Life::is_endless")]
+    pub life: Life,
     /// Whether it is a substrate, or to become one.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub is_substrate: bool,

@@ -124,3 +124,31 @@ fn a_frozen_workload_stays_frozen_whoever_captures_it() {
     let counted = count(&lab, "one");
     until("it counts", || count(&lab, "one") > counted);
 }
+
+#[test]
+fn idle_vms_are_parked_and_those_whose_time_is_over_are_removed() {
+    let lab = Lab::new(&["tiny"]);
+    lab.run(&["vm", "create", "tiny", "-p", "tiny", "--name", "idle", "--idle-park", "2s"]).good();
+    assert_eq!(lab.json(&["vm", "ls"])[0]["life"]["idle_park_s"], 2);
+    // A command that runs keeps it.
+    lab.said("idle", "echo here > /tmp/word; sleep 9");
+    assert_eq!(lab.json(&["vm", "show", "idle"])["on_host"]["starts"], 0);
+    until("it is parked", || state(&lab, "idle") == "parked");
+    assert_eq!(lab.said("idle", "cat /tmp/word"), "here");
+    assert_eq!(lab.json(&["vm", "show", "idle"])["on_host"]["starts"], 1);
+    // What was asked for outlives the server.
+    kill(lab.pid("control"), "KILL");
+    until("it is parked again", || state(&lab, "idle") == "parked");
+
+    let refused = lab.run(&["vm", "set", "idle"]);
+    assert!(refused.code != 0 && refused.stderr.contains("nothing is to be set"), "{}", refused.stderr);
+    let refused = lab.run(&["vm", "set", "nobody", "--ttl", "1s"]);
+    assert!(refused.code == 1 && refused.stderr.contains("there is no VM \"nobody\""), "{}", refused.stderr);
+    lab.run(&["vm", "set", "idle", "--ttl", "1h", "--idle-park", "0"]).good();
+    let life = lab.json(&["vm", "show", "idle"])["life"].clone();
+    assert!(life["expires_s"].is_u64() && life["idle_park_s"].is_null(), "{life}");
+    lab.run(&["vm", "set", "idle", "--ttl", "1s"]).good();
+    until("it is removed", || lab.json(&["vm", "ls"]) == serde_json::json!([]));
+    let said = std::fs::read_to_string(lab.data().join("serve.log")).unwrap();
+    assert!(said.contains("its time to live is over"), "{said}");
+}

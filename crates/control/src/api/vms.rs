@@ -11,6 +11,7 @@ use axum::{
 use burgeon_api::{
     Error, ErrorKind, Result,
     http::{CreateVm, StopVm},
+    life::{Life, SetLife},
     vm::{Figures, Intent, Observed, VmView},
 };
 use burgeon_host::stop_mode;
@@ -55,7 +56,12 @@ pub(super) fn add(routes: &mut Routes) {
     routes
         .add("post", "/v1/vms/{vm}/pause", "Have a running VM stand still, with all that it has in memory", pause)
         .gives(one.clone());
-    routes.add("post", "/v1/vms/{vm}/resume", "Let a paused VM go on, with the right time", resume).gives(one);
+    routes.add("post", "/v1/vms/{vm}/resume", "Let a paused VM go on, with the right time", resume).gives(one.clone());
+    let life_body = routes.schema::<SetLife>();
+    routes
+        .add("post", "/v1/vms/{vm}/life", "Set when the VM is removed or parked by itself", set_life)
+        .takes(life_body)
+        .gives(one);
     routes.add("post", "/v1/vms/{vm}/freeze", "Freeze the guest's workload", freeze);
     routes.add("post", "/v1/vms/{vm}/thaw", "Thaw the guest's workload", thaw);
     routes.add("get", "/v1/vms/{vm}/figures", "Load and memory, as the guest reads them", figures).gives(figure);
@@ -72,7 +78,9 @@ async fn make(State(state): State<Shared>, Json(request): Json<CreateVm>) -> Ans
         Some(name) => name,
         None => format!("{}-{}", request.image, request.id.short()),
     };
-    let row = VmRow::new(request.id, name, request.image, request.profile, now_s());
+    let now = now_s();
+    let life = Life::default().set(&request.life, now);
+    let row = VmRow { life, ..VmRow::new(request.id, name, request.image, request.profile, now) };
     let row = state.create_vm(row).await?;
     Ok(Json(state.view(row)))
 }
@@ -203,6 +211,21 @@ async fn start(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<Js
         state.kick.notify_one();
         return Ok(Json(state.view(row)));
     }
+}
+
+async fn set_life(
+    State(state): State<Shared>,
+    Path(vm): Path<String>,
+    Json(request): Json<SetLife>,
+) -> Answer<Json<VmView>> {
+    let row = state.meta.vm(&vm).await?;
+    if row.substrate.is_some() {
+        return Err(Error::refused(format!("{} is a substrate, and stays until it is removed", row.name)).into());
+    }
+    let now = now_s();
+    let row = state.meta.set_life(row.id, move |life| life.set(&request, now)).await?;
+    state.kick.notify_one();
+    Ok(Json(state.view(row)))
 }
 
 async fn pause(state: State<Shared>, vm: Path<String>) -> Answer<Json<VmView>> {
