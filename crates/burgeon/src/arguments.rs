@@ -294,7 +294,7 @@ pub enum VmCommand {
     Thaw(VmName),
 }
 
-#[derive(Debug, Args)]
+#[derive(Clone, Copy, Debug, Args)]
 pub struct LifeArguments {
     /// Remove it this long from now; 0 takes that away
     #[arg(long, value_name = "TIME")]
