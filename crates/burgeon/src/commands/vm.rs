@@ -227,9 +227,15 @@ async fn show(context: &Context, vm: &str, timing: bool) -> Result<u8> {
     let host = view.on_host.as_ref();
     if timing {
         let times = host.map(|host| host.start_times.clone()).unwrap_or_default();
-        let rows =
-            times.iter().map(|time| vec![time.phase.clone(), format!("{:.1} ms", micro(time.microseconds))]).collect();
-        output::table(&["phase", "time"], rows);
+        let longest = times.iter().map(|time| time.microseconds).max().unwrap_or(0);
+        let rows = times
+            .iter()
+            .map(|time| {
+                let time_ms = format!("{:.1} ms", micro(time.microseconds));
+                vec![time.phase.clone(), time_ms, bar(time.microseconds, longest)]
+            })
+            .collect();
+        output::table(&["phase", "time", ""], rows);
         return Ok(0);
     }
     let mut lines = vec![
@@ -276,6 +282,12 @@ async fn show(context: &Context, vm: &str, timing: bool) -> Result<u8> {
         output::table(&["limit", "value", "enforcement"], rows);
     }
     Ok(0)
+}
+
+/// As long as its part of the longest, which has 30 signs; what took any time has one.
+fn bar(time: u64, longest: u64) -> String {
+    let signs = time.saturating_mul(30).div_ceil(longest.max(1));
+    "#".repeat(usize::try_from(signs).unwrap_or(30).min(30))
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a time for people")]
