@@ -55,7 +55,13 @@ pub(crate) fn image(workspace: &Workspace, name: &str) -> Result<()> {
 pub(crate) fn boot(workspace: &Workspace, image: &str, profile: &Profile) -> Result<(Vm, Duration)> {
     let client = workspace.server()?;
     let id = VmId::generate();
-    let request = CreateVm { id, name: Some("bench".into()), image: image.into(), profile: profile.clone() };
+    let request = CreateVm {
+        id,
+        name: Some("bench".into()),
+        image: image.into(),
+        profile: profile.clone(),
+        life: burgeon_api::life::SetLife::default(),
+    };
     let begun = Instant::now();
     client.post::<VmView>("/v1/vms", &request)?;
     let view: VmView = client.get(&format!("/v1/vms/{id}/wait?for=running"))?;

@@ -56,7 +56,7 @@ fn substrate(workspace: &Workspace) -> Result<(Client, SubstrateView)> {
 /// VMs that go on from it, by one request.
 fn vms(workspace: &Workspace, client: &Client, count: usize) -> Result<Vec<Vm>> {
     let ids: Vec<VmId> = (0..count).map(|_| VmId::generate()).collect();
-    let request = ActivateVms { ids: ids.clone(), names: Vec::new() };
+    let request = ActivateVms { ids: ids.clone(), names: Vec::new(), life: burgeon_api::life::SetLife::default() };
     client.post::<Vec<VmView>>(&format!("/v1/substrates/{NAME}/vms"), &request)?;
     let running = |id: &VmId| product::running(workspace, client.clone(), wait(client, *id)?);
     ids.iter().map(running).collect()

@@ -247,6 +247,14 @@ pub enum Request {
     Thaw {
         vm: VmId,
     },
+    /// Has a running VM stand still, with all that it has in memory. One that does already stays as it is.
+    Pause {
+        vm: VmId,
+    },
+    /// Lets a paused VM go on, with the right time.
+    Resume {
+        vm: VmId,
+    },
     /// Makes a substrate of a running VM: warms it up, captures it, keeps that in the store and in memory, and ends its
     /// process.
     Dock {

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     ByteSize, Error, PipelineId, VmId,
+    life::SetLife,
     profile::Profile,
     store::{Checked, Collected},
     vm::Accelerator,
@@ -47,6 +48,9 @@ pub struct CreateVm {
     pub name: Option<String>,
     pub image: String,
     pub profile: Profile,
+    /// Without end when absent.
+    #[serde(default)]
+    pub life: SetLife,
 }
 
 /// `POST /v1/vms/{vm}/stop`

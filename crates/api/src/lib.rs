@@ -14,6 +14,7 @@ pub mod host;
 pub mod http;
 pub mod id;
 pub mod image;
+pub mod life;
 pub mod login;
 pub mod name;
 pub mod path_text;

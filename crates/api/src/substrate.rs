@@ -136,6 +136,9 @@ pub struct ActivateVms {
     /// Their names, as many as ids; absent: made of the substrate's name.
     #[serde(default)]
     pub names: Vec<String>,
+    /// Without end when absent.
+    #[serde(default)]
+    pub life: crate::life::SetLife,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

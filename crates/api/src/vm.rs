@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, VmId, image::Boot, profile::Profile, receipt::Receipt, substrate::Docked};
+use crate::{ByteSize, VmId, image::Boot, life::Life, profile::Profile, receipt::Receipt, substrate::Docked};
 
 /// What hardware runs the guest's instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
@@ -41,6 +41,8 @@ pub enum Observed {
     Starting { phase: String },
     /// The agent answers; for an image without agent: QEMU runs.
     Running,
+    /// Its user has paused it: its CPUs stand and its memory is kept, until it is resumed.
+    Paused,
     /// It ended, on request or by itself.
     Stopped { reason: String },
     /// A substrate: its state is kept, and it has no process.
@@ -61,6 +63,7 @@ impl Observed {
             Observed::Pending => "pending",
             Observed::Starting { .. } => "starting",
             Observed::Running => "running",
+            Observed::Paused => "paused",
             Observed::Stopped { .. } => "stopped",
             Observed::Docked => "docked",
             Observed::Parked { .. } => "parked",
@@ -73,7 +76,7 @@ impl Observed {
     /// The detail behind the name: a phase or a reason.
     pub fn detail(&self) -> &str {
         match self {
-            Observed::Pending | Observed::Running | Observed::Docked => "",
+            Observed::Pending | Observed::Running | Observed::Paused | Observed::Docked => "",
             Observed::Starting { phase } => phase,
             Observed::Parked { reason }
             | Observed::Stopped { reason }
@@ -160,6 +163,9 @@ pub struct VmView {
     pub starts: u32,
     /// Seconds since 1970.
     pub created_s: u64,
+    /// When it is removed or parked by itself.
+    #[serde(default, skip_serializing_if = "Life::is_endless")]
+    pub life: Life,
     /// Whether it is a substrate, or to become one.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub is_substrate: bool,

@@ -177,9 +177,18 @@ pub enum VmCommand {
         /// The user who may log in with the keys; the image's own without it
         #[arg(long, value_name = "NAME", requires = "ssh_key")]
         user: Option<String>,
+        #[command(flatten)]
+        life: LifeArguments,
         /// Do not wait until it runs
         #[arg(long)]
         no_wait: bool,
+    },
+    /// Set when VMs are removed or parked by themselves
+    Set {
+        #[arg(required = true)]
+        vms: Vec<String>,
+        #[command(flatten)]
+        life: LifeArguments,
     },
     /// List VMs
     Ls(ListArguments),
@@ -262,6 +271,16 @@ pub enum VmCommand {
         #[arg(required = true)]
         vms: Vec<String>,
     },
+    /// Have VMs stand still, with all that they have in memory
+    Pause {
+        #[arg(required = true)]
+        vms: Vec<String>,
+    },
+    /// Let paused VMs go on, with the right time
+    Resume {
+        #[arg(required = true)]
+        vms: Vec<String>,
+    },
     /// Show what a VM that goes on from a substrate, or was forked, has proved of its identity
     Receipt(VmName),
     /// A VM's disks: plug in, grow, snapshot
@@ -273,6 +292,16 @@ pub enum VmCommand {
     Freeze(VmName),
     /// Let a frozen guest go on
     Thaw(VmName),
+}
+
+#[derive(Clone, Copy, Debug, Args)]
+pub struct LifeArguments {
+    /// Remove it this long from now; 0 takes that away
+    #[arg(long, value_name = "TIME")]
+    pub ttl: Option<TimeSpan>,
+    /// Park it once nobody has used it for so long; 0 takes that away
+    #[arg(long, value_name = "TIME")]
+    pub idle_park: Option<TimeSpan>,
 }
 
 #[derive(Debug, Args)]

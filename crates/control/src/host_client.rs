@@ -138,6 +138,11 @@ impl HostClient {
         self.done(request, SLOW).await
     }
 
+    pub(crate) async fn pause(&self, vm: VmId, paused: bool) -> Result<()> {
+        let request = if paused { Request::Pause { vm } } else { Request::Resume { vm } };
+        self.done(request, SLOW).await
+    }
+
     pub(crate) async fn figures(&self, vm: VmId) -> Result<burgeon_api::vm::Figures> {
         match self.ask(Request::Figures { vm }, SLOW).await? {
             Reply::Figures(figures) => Ok(figures),

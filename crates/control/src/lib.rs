@@ -12,6 +12,7 @@ pub mod exec_client;
 mod export;
 mod host_client;
 mod images;
+mod life;
 mod pipelines;
 mod places;
 mod rebuild;
@@ -91,6 +92,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> Result<()> {
         seen: watch::Sender::new(Seen::default()),
         pipelines: pipelines::Pipelines::default(),
         temporary: watch::Sender::new(BTreeSet::new()),
+        uses: life::Uses::new(),
         forking: watch::Sender::new(BTreeSet::new()),
         busy: Arc::new(AtomicUsize::new(0)),
         store_work: Arc::new(tokio::sync::Semaphore::new(1)),

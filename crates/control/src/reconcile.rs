@@ -21,6 +21,7 @@ use tokio::{
 
 use crate::{
     host_client::receive_message,
+    life,
     state::{Seen, Shared, State},
 };
 
@@ -93,7 +94,11 @@ impl Looker {
             Err(error) => HostSeen::Unreachable { reason: error.to_string() },
         };
         keep_observed(state, &rows, &seen).await;
+        let was_reached = host.is_ok();
         publish(state, host);
+        if was_reached {
+            life::carry_out(state, &rows).await;
+        }
         forking.extend(state.forking.borrow().iter());
         let wanted: Vec<Wanted> = rows
             .iter()

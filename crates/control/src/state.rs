@@ -25,7 +25,7 @@ use burgeon_store::{
 use tokio::sync::{Notify, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{host_client::HostClient, pipelines::Pipelines};
+use crate::{host_client::HostClient, life::Uses, pipelines::Pipelines};
 
 pub(crate) type Shared = Arc<State>;
 
@@ -47,6 +47,8 @@ pub(crate) struct State {
     pub(crate) forking: watch::Sender<BTreeSet<VmId>>,
     /// Open client connections and long work, for the idle exit.
     pub(crate) busy: Arc<AtomicUsize>,
+    /// Which VMs are used.
+    pub(crate) uses: Uses,
     /// One permit: for who collects or checks the whole store.
     pub(crate) store_work: Arc<tokio::sync::Semaphore>,
     pub(crate) shutdown: CancellationToken,
@@ -106,6 +108,7 @@ impl State {
             version: row.version,
             starts: row.starts,
             created_s: row.created_s,
+            life: row.life,
             is_substrate: row.substrate.is_some(),
             on_host,
         }
@@ -129,6 +132,7 @@ impl State {
             version: 0,
             starts: 0,
             created_s: 0,
+            life: burgeon_api::life::Life::default(),
             is_substrate: false,
             on_host,
         }

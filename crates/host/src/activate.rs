@@ -153,14 +153,14 @@ async fn take_over(
     let (stored, cloned) =
         tokio::join!(blocking(move || stored.store(&of_record)), blocking(move || disks.clone_all(&of_launch, source)));
     stored?;
-    phases.tell(Step::Started { record: Box::new(record) });
+    phases.tell(Step::Started { record: Box::new(record.clone()) });
     cloned?;
     standby.hand_to(context, directory, launch.id)?;
     context.disks.bind_all(launch.id)?;
     let until_it_ends = async {
         let console = start::connect_console(directory, Instant::now() + MONITOR_DEADLINE).await?;
         phases.enter("resume");
-        let (receipt, guest) = renew(context, &launch, claim, &standby.qmp, &standby.agent, phases).await?;
+        let (receipt, guest) = renew(context, &record, claim, &standby.qmp, &standby.agent, phases).await?;
         Ok((console, receipt, guest))
     };
     let (console, receipt, guest) = until_ended(&process, directory, until_it_ends).await?;
@@ -262,7 +262,7 @@ async fn go_on(
         going_on.store(directory)?;
         phases.tell(Step::Started { record: Box::new(going_on) });
     }
-    let (receipt, guest) = renew(context, launch, claim, &qmp, &agent, phases).await?;
+    let (receipt, guest) = renew(context, record, claim, &qmp, &agent, phases).await?;
     Ok(Up {
         process,
         qmp,
@@ -277,16 +277,19 @@ async fn go_on(
 /// Lets the guest go on, has it become somebody, and only then its workload.
 async fn renew(
     context: &Context,
-    launch: &Launch,
+    record: &Record,
     claim: &Claim,
     qmp: &Qmp,
     agent: &AgentClient,
     phases: &mut Phases<'_>,
 ) -> Result<(Receipt, GuestView)> {
     state::go_on(qmp).await?;
-    let receipt = identify(context, launch, claim, agent, phases).await?;
+    let receipt = identify(context, &record.launch, claim, agent, phases).await?;
     phases.enter("thaw");
-    agent.thaw().await?;
+    // What its user had frozen before it was parked stays so.
+    if !record.frozen {
+        agent.thaw().await?;
+    }
     let guest = agent.guest_view().ok_or_else(|| Error::unavailable("the channel to the guest ended"))?;
     let (host_name, boot_id) = (receipt.host_name.clone(), receipt.boot_id.clone());
     Ok((receipt, GuestView { host_name, boot_id, ..guest }))

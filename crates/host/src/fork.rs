@@ -48,7 +48,8 @@ const SETTLED: Duration = Duration::from_secs(120);
 /// What a VM must have to be captured.
 struct Running<'a> {
     monitor: &'a Qmp,
-    agent: &'a AgentClient,
+    /// Absent where the VM is paused.
+    agent: Option<&'a AgentClient>,
     memory: Arc<Guest>,
     scope: Scope,
     directory: PathBuf,
@@ -64,6 +65,11 @@ enum Into {
 
 /// In the VM's directory while it is captured: whoever finds it lets the VM go on.
 const CAPTURING: &str = "capturing";
+
+/// Says so to the next host process.
+pub(crate) fn begin_capture(directory: &Path) -> Result<()> {
+    std::fs::write(directory.join(CAPTURING), "").map_err(|error| Error::io("begin to capture the VM", &error))
+}
 
 /// Whether a host process has died while it captured the VM.
 pub(crate) fn was_being_captured(directory: &Path) -> bool {
@@ -115,7 +121,10 @@ impl Gate {
         if launch.profile.display {
             return refused("its graphics card has memory of its own, which is not captured yet");
         }
-        let Some(agent) = &self.agent else { return refused("its agent does not answer") };
+        let agent = self.agent.as_ref();
+        if agent.is_none() && !self.record.paused {
+            return refused("its agent does not answer");
+        }
         let Some(process) = &self.record.process else { return refused("its process is not known") };
         let memory = Guest::open(process, state::memory_address(monitor).await?, launch.profile.memory.bytes())?;
         // Who has a receipt stands above a base. Without that at hand, whatever is not zero must be taken for its own.
@@ -134,13 +143,15 @@ impl Gate {
         during: impl FnOnce() -> Result<()> + Send + 'static,
     ) -> Result<Captured> {
         let directory = &running.directory;
-        std::fs::write(directory.join(CAPTURING), "").map_err(|error| Error::io("begin to capture the VM", &error))?;
+        begin_capture(directory)?;
         let begun = Instant::now();
         let captured = async {
-            running.agent.freeze().await?;
+            // One that is paused stands already, its workload frozen, and stays so.
+            let Some(agent) = running.agent else { return still(running, into, during).await };
+            agent.freeze().await?;
             if end != End::GoesOn {
                 let generalise = end == End::Substrate;
-                running.agent.clone().with_deadline(SETTLED).settle(generalise).await?;
+                agent.clone().with_deadline(SETTLED).settle(generalise).await?;
             }
             state::pause(running.monitor).await?;
             let captured = still(running, into, during).await;
@@ -150,9 +161,11 @@ impl Gate {
             captured
         }
         .await;
-        if end == End::GoesOn || captured.is_err() {
+        if let Some(agent) = running.agent.filter(|_| !self.record.frozen)
+            && (end == End::GoesOn || captured.is_err())
+        {
             // The reason why it failed is worth more than that this does too.
-            let thawed = running.agent.thaw().await;
+            let thawed = agent.thaw().await;
             if captured.is_ok() {
                 thawed?;
             }
@@ -201,7 +214,9 @@ impl Gate {
     pub(crate) async fn go_on(&self, context: &Context) -> Result<()> {
         if let (Some(monitor), Some(agent)) = (&self.monitor, &self.agent) {
             state::go_on(monitor).await?;
-            agent.thaw().await?;
+            if !self.record.frozen {
+                agent.thaw().await?;
+            }
         }
         capture_is_over(&context.layout.vm(self.record.launch.id));
         Ok(())

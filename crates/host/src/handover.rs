@@ -29,6 +29,7 @@ pub(crate) async fn serve(
 ) -> Result<()> {
     let note = match &gate {
         _ if snapshot.is_some() => None,
+        _ if gate.record.paused => Some(plug::UNSYNCED.into()),
         Gate { agent: Some(agent), .. } => plug::sync_guest(agent).await,
         Gate { monitor: Some(_), .. } => {
             Some("the guest runs and has no agent that could sync it: its disk is as after a power cut".into())

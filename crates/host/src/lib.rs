@@ -16,6 +16,7 @@ mod handover;
 mod identity;
 mod kept;
 pub mod layout;
+mod pause;
 mod plug;
 mod prepare;
 mod record;

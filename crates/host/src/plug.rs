@@ -25,6 +25,7 @@ use tokio::{
 use crate::{
     disks::{Begin, Disks, Key},
     record::Record,
+    vm,
 };
 
 /// How long a guest may take to let go of a disk.
@@ -46,6 +47,8 @@ pub(crate) struct Gate {
     /// Where it runs.
     pub(crate) monitor: Option<Qmp>,
     pub(crate) agent: Option<AgentClient>,
+    /// That of a paused VM, which cannot answer.
+    pub(crate) resting_agent: Option<AgentClient>,
     /// What its memory began with, where that is known.
     pub(crate) base: Option<Arc<Base>>,
 }
@@ -59,6 +62,9 @@ impl Gate {
     /// # Errors
     /// As the request needs; then the disks are as before.
     pub(crate) async fn change(self, disks: &Arc<Disks>, vm: VmId, request: DiskRequest) -> Result<DiskChanged> {
+        if self.record.paused && !matches!(request, DiskRequest::Remove { .. }) {
+            return Err(vm::is_paused(&self.record.launch.name));
+        }
         match request {
             DiskRequest::Attach { disk, size, map } => {
                 let begin = match (map, size) {
@@ -337,6 +343,9 @@ async fn mounted(agent: &AgentClient, disk: &str) -> Result<Option<String>> {
         (code, _) => Err(Error::unavailable(format!("its shell ended with {code:?}"))),
     }
 }
+
+/// Of a disk whose guest is paused, and cannot be asked.
+pub(crate) const UNSYNCED: &str = "the VM is paused, and was not synced: its disk is as after a power cut";
 
 /// Brings what the guest has in memory to its disks, as far as its agent can have that done. Without it, what follows
 /// sees the disks as after a power cut, which file systems are made for.

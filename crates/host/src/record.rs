@@ -51,6 +51,12 @@ pub(crate) struct Record {
     /// How many QEMUs a user wants to wait for VMs that go on from it.
     #[serde(default)]
     pub standbys: Option<u32>,
+    /// Its user has frozen its workload.
+    #[serde(default)]
+    pub frozen: bool,
+    /// Its user has paused it: its CPUs stand, and its workload is frozen.
+    #[serde(default)]
+    pub paused: bool,
     /// How it ended, once it has.
     pub ended: Option<Observed>,
 }

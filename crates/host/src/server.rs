@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use burgeon_api::{
-    Error, Result, VmId,
+    Error, ErrorKind, Result, VmId,
     disk::DiskChanged,
     host::{DiskRequest, Envelope, FileEntry, FileKind, FileRequest, Reply, Request, VERSION},
     http::Setting,
@@ -26,7 +26,7 @@ use crate::{
     registry::Registry,
     session::Attachment,
     start::Context,
-    vm::{Command, VmHandle},
+    vm::{Command, Hold, VmHandle},
 };
 
 const MOST_REQUEST: u32 = 4 << 20;
@@ -126,7 +126,7 @@ impl Connection {
                 match self.ask_vm(vm, |done| Command::Remove { done }).await {
                     Ok(outcome) => outcome?,
                     // Not there, or gone while it was asked: that is what was wanted.
-                    Err(error) if error.kind == burgeon_api::ErrorKind::NotFound => {}
+                    Err(error) if error.kind == ErrorKind::NotFound => {}
                     Err(error) => return Err(error),
                 }
                 reply(stream, &Reply::Done).await
@@ -168,11 +168,21 @@ impl Connection {
                 reply(stream, &Reply::Figures(figures)).await
             }
             Request::Freeze { vm } => {
-                self.agent(vm).await?.freeze().await?;
+                self.freeze(vm, true).await?;
                 reply(stream, &Reply::Done).await
             }
             Request::Thaw { vm } => {
-                self.agent(vm).await?.thaw().await?;
+                self.freeze(vm, false).await?;
+                reply(stream, &Reply::Done).await
+            }
+            Request::Pause { vm } => {
+                let gate = self.ask_vm(vm, |reply| Command::Gate { reply }).await??;
+                gate.pause(&self.context, |hold| self.hold(vm, hold)).await?;
+                reply(stream, &Reply::Done).await
+            }
+            Request::Resume { vm } => {
+                let gate = self.ask_vm(vm, |reply| Command::Gate { reply }).await??;
+                gate.resume(&self.context, |hold| self.hold(vm, hold)).await?;
                 reply(stream, &Reply::Done).await
             }
             Request::Dock { vm, recipe } => {
@@ -249,6 +259,22 @@ impl Connection {
         }
     }
 
+    /// Freezes or thaws the workload, while nobody captures it.
+    async fn freeze(&self, vm: VmId, frozen: bool) -> Result<()> {
+        let agent = self.agent(vm).await?;
+        let _gate = self.ask_vm(vm, |reply| Command::Gate { reply }).await??;
+        if frozen {
+            agent.freeze().await?
+        } else {
+            agent.thaw().await?
+        }
+        self.hold(vm, Hold::Frozen(frozen)).await
+    }
+
+    async fn hold(&self, vm: VmId, hold: Hold) -> Result<()> {
+        self.ask_vm(vm, |done| Command::Hold { hold, done }).await?
+    }
+
     /// Keeps a VM's state and ends its process. One that is parked already stays as it is.
     async fn park(&self, vm: VmId) -> Result<()> {
         let handle = self.registry.get(vm).await?;
@@ -311,6 +337,7 @@ impl Connection {
     async fn sync_guest(&self, vm: VmId) -> Option<String> {
         match self.agent(vm).await {
             Ok(agent) => plug::sync_guest(&agent).await,
+            Err(error) if error.kind == ErrorKind::Conflict => Some(plug::UNSYNCED.into()),
             // It has stopped, or has no agent.
             Err(_) => None,
         }

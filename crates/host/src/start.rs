@@ -436,7 +436,7 @@ pub(crate) async fn connect_agent(
     Ok(AgentClient::connect(stream, options))
 }
 
-async fn attach_agent(directory: &Path, name: &str, deadline: Instant) -> Result<(AgentClient, GuestView)> {
+pub(crate) async fn attach_agent(directory: &Path, name: &str, deadline: Instant) -> Result<(AgentClient, GuestView)> {
     let client = connect_agent(directory, name, false, deadline).await?;
     let mut events = client.events();
     let about = client.wait_ready(deadline).await?;
@@ -474,6 +474,12 @@ pub(crate) async fn adopt(disks: &Arc<Disks>, directory: &Path, record: &Record,
         Err(_) => None,
     };
     let mut up = Up::without_guest(process, qmp, console);
+    if record.paused {
+        // Its agent is met when it is resumed.
+        burgeon_qemu::state::pause(&up.qmp).await?;
+        fork::capture_is_over(directory);
+        return Ok(up);
+    }
     let was_captured = fork::was_being_captured(directory);
     if was_captured {
         burgeon_qemu::state::go_on(&up.qmp).await?;
@@ -481,7 +487,10 @@ pub(crate) async fn adopt(disks: &Arc<Disks>, directory: &Path, record: &Record,
     if launch.image.boot == Boot::Agent {
         let (agent, guest) = attach_agent(directory, &launch.name, deadline).await?;
         if was_captured {
-            agent.thaw().await?;
+            agent.clock(clock_ns()).await?;
+            if !record.frozen {
+                agent.thaw().await?;
+            }
             fork::capture_is_over(directory);
         }
         up.agent = Some(agent);

@@ -8,12 +8,14 @@
 //!               |                                    |
 //!             ready                            process gone
 //!               v                                    v
-//!           Running --guest or user ends it--> Stopped / Failed
+//! Paused <--> Running --guest or user ends it--> Stopped / Failed
 //!                                                 |
 //!                     Starting <---user says so---+ (Stopped only, with its disk)
 //! ```
 //! It is one thing, and one file: every state change goes through its loop.
 //! Nothing else writes the VM's record or talks to its QEMU. Requests come by [`VmHandle`].
+
+mod hold;
 
 use std::{
     collections::HashMap,
@@ -32,6 +34,7 @@ use burgeon_api::{
 };
 use burgeon_guest::{client::AgentClient, protocol::StopHow};
 use burgeon_qemu::{memory::Base, process::Process, qmp::Event};
+pub(crate) use hold::{Hold, is_paused};
 use serde_json::Value;
 use tokio::{
     net::UnixStream,
@@ -111,6 +114,11 @@ pub(crate) enum Command {
     Record {
         reply: oneshot::Sender<Record>,
     },
+    /// Its user has stopped it, or lets it go on. From whom has the gate.
+    Hold {
+        hold: Hold,
+        done: oneshot::Sender<Result<()>>,
+    },
 }
 
 /// How the rest of the host process reaches a VM's task.
@@ -171,6 +179,8 @@ pub(crate) fn launch(
         awaits_receipt: false,
         docked: None,
         standbys: None,
+        frozen: false,
+        paused: false,
         ended: None,
     };
     record.store(&directory)?;
@@ -428,8 +438,9 @@ impl Owner {
                     sleep(START_TRACED).await;
                     drop(tokio::task::spawn_blocking(move || disks.keep_trace(&launch)).await);
                 });
+                let observed = if self.record.paused { Observed::Paused } else { Observed::Running };
                 self.publish(|view| {
-                    view.observed = Observed::Running;
+                    view.observed = observed;
                     view.guest = guest;
                 });
             }
@@ -525,7 +536,8 @@ impl Owner {
             "BLOCK_IO_ERROR" => {
                 let reason = event.data["reason"].as_str().unwrap_or("unknown").to_string();
                 tracing::error!(vm = %self.record.launch.name, reason, "the VM's disk fails");
-                if event.data["action"] == "stop" {
+                // A paused one tries again when it is resumed.
+                if event.data["action"] == "stop" && !self.record.paused {
                     let reason = format!(
                         "the guest is paused, because its disk cannot be written ({reason}); it is let go on every 5 s"
                     );
@@ -618,6 +630,9 @@ impl Owner {
             let detail = if detail.is_empty() { String::new() } else { format!(" ({detail})") };
             return Err(Error::unavailable(format!("VM {name} is {}{detail}", view.observed.name())));
         };
+        if self.record.paused {
+            return Err(is_paused(name));
+        }
         up.agent.clone().ok_or_else(|| {
             Error::refused(format!("VM {name} has no agent: its image is not one of Burgeon's"))
                 .with_hint(format!("use its console: burgeon vm console {name}"))
@@ -663,6 +678,7 @@ impl Owner {
             }
             Command::KeepStandbys { count, done } => drop(done.send(self.keep_standbys(count))),
             Command::Record { reply } => drop(reply.send(self.record.clone())),
+            Command::Hold { hold, done } => drop(done.send(self.hold(hold))),
         }
     }
 
@@ -716,18 +732,21 @@ impl Owner {
         }
         if self.up.is_none() && !is_over || self.removing.is_some() || self.stopping.is_some() {
             let state = if self.stopping.is_some() { "stopping" } else { observed.name() };
-            return Err(Error::conflict(format!("VM {name} is {state}: its disks cannot be changed now"))
+            return Err(Error::conflict(format!("VM {name} is {state}: nothing of it can be changed now"))
                 .with_hint("try again once it runs or has stopped"));
         }
         let guard = self.gate.clone().try_lock_owned().map_err(|_| {
             Error::conflict(format!("VM {name} is being captured, or its disks changed, by somebody else"))
                 .with_hint("try again")
         })?;
+        let agent = self.up.as_ref().and_then(|up| up.agent.clone());
+        let (agent, resting_agent) = if self.record.paused { (None, agent) } else { (agent, None) };
         Ok(Gate {
             _guard: guard,
             record: self.record.clone(),
             monitor: self.up.as_ref().map(|up| up.qmp.clone()),
-            agent: self.up.as_ref().and_then(|up| up.agent.clone()),
+            agent,
+            resting_agent,
             base: self.base.clone(),
         })
     }
@@ -756,6 +775,8 @@ impl Owner {
             process: None,
             limits: Vec::new(),
             awaits_receipt: false,
+            frozen: self.record.frozen && self.record.docked.is_some(),
+            paused: false,
             ended: None,
             ..self.record.clone()
         };
@@ -785,6 +806,10 @@ impl Owner {
             let error = Error::unavailable(format!("VM {name} does not answer, so its guest cannot be asked to stop"))
                 .with_hint(format!("end it by force: burgeon vm stop --force {name}"));
             drop(done.send(Err(error)));
+            return;
+        }
+        if matches!(mode, StopMode::Graceful { .. }) && self.record.paused {
+            drop(done.send(Err(is_paused(&self.record.launch.name))));
             return;
         }
         if let (StopMode::Graceful { .. }, Some((_, waiting))) = (mode, &mut self.stopping) {

@@ -20,6 +20,7 @@ pub mod admission;
 pub mod adopt;
 pub mod fork;
 pub mod idle;
+pub mod life;
 pub mod pipeline;
 pub mod receipt;
 pub mod standby;

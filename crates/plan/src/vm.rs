@@ -186,6 +186,7 @@ pub fn is_over(observed: &Observed) -> bool {
         Observed::Pending
         | Observed::Starting { .. }
         | Observed::Running
+        | Observed::Paused
         | Observed::Unknown { .. }
         | Observed::Damaged { .. } => false,
     }
@@ -225,6 +226,7 @@ pub fn start(name: &str, intent: Intent, observed: &Observed, launched_before: b
             "is a substrate, and never runs itself".into(),
             format!("make a VM of it: burgeon vm create --substrate {name}"),
         ),
+        (_, Observed::Paused) => refused("is paused".into(), format!("let it go on: burgeon vm resume {name}")),
         (_, Observed::Stopped { .. } | Observed::Parked { .. }) => {
             Ok(if launched_before { Start::Again } else { Start::First })
         }

@@ -8,6 +8,7 @@ pub mod cut;
 pub mod disk;
 pub mod hold;
 mod ids;
+mod life;
 pub mod map;
 pub mod meta;
 pub mod objects;

@@ -6,6 +6,7 @@
 use burgeon_api::{
     Error, PipelineId, Result, VmId,
     http::RunPipeline,
+    life::Life,
     pipeline::{FileEntry, PipelineView},
     profile::Profile,
     substrate::Recipe,
@@ -47,6 +48,8 @@ pub struct VmRow {
     pub source: Option<CloneSource>,
     /// How it is made a substrate, where it is to be one.
     pub substrate: Option<Recipe>,
+    /// When it is removed or parked by itself.
+    pub life: Life,
 }
 
 impl VmRow {
@@ -66,6 +69,7 @@ impl VmRow {
             starts: 0,
             source: None,
             substrate: None,
+            life: Life::default(),
         }
     }
 }
@@ -107,7 +111,7 @@ impl Damaged {
 /// A handle to the meta database. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Meta {
-    database: Database,
+    pub(crate) database: Database,
 }
 
 impl Meta {
@@ -156,7 +160,7 @@ impl Meta {
                         .with_hint(format!("choose another name, or remove it: burgeon vm rm {}", row.name)));
                 }
                 connection.execute(
-                    "INSERT INTO vm VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+                    "INSERT INTO vm VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
                     &[
                         row.id.to_string().into(),
                         row.name.as_str().into(),
@@ -171,6 +175,7 @@ impl Meta {
                         u64::from(row.starts).into(),
                         row.source.as_ref().map(to_json).into(),
                         row.substrate.as_ref().map(to_json).into(),
+                        (!row.life.is_endless()).then(|| to_json(&row.life)).into(),
                     ],
                 )?;
                 Ok(row.clone())
@@ -426,7 +431,7 @@ impl Meta {
     }
 }
 
-fn find_vm(connection: &mut Connection, column: &'static str, key: &str) -> Result<Option<VmRow>> {
+pub(crate) fn find_vm(connection: &mut Connection, column: &'static str, key: &str) -> Result<Option<VmRow>> {
     let found = connection.query_first(&format!("SELECT * FROM vm WHERE {column} = $1"), &[key.into()])?;
     let read = |row: &Row| {
         read_vm(row).map_err(|error| {
@@ -466,10 +471,11 @@ fn read_vm(row: &Row) -> Result<VmRow> {
         starts: u32::try_from(row.unsigned(10)?).unwrap_or(u32::MAX),
         source: row.optional_text(11)?.map(from_json).transpose()?,
         substrate: row.optional_text(12)?.map(from_json).transpose()?,
+        life: row.optional_text(13)?.map(from_json).transpose()?.unwrap_or_default(),
     })
 }
 
-fn to_json(value: &impl Serialize) -> String {
+pub(crate) fn to_json(value: &impl Serialize) -> String {
     // Types of burgeon-api have string keys and no failing serializer.
     serde_json::to_string(value).unwrap_or_default()
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use burgeon_api::{
     Error, Result, VmId,
     image::ImageView,
+    life::SetLife,
     profile::Init,
     receipt::Receipt,
     substrate::{ActivateVms, CreateSubstrate, ForkVm, Forked, KeepStandbys, Recipe, SubstrateView},
@@ -205,11 +206,13 @@ pub(super) async fn activate(
     substrate: &str,
     name: Option<String>,
     count: u32,
+    life: SetLife,
     wait: bool,
 ) -> Result<u8> {
     let client = context.client()?;
     let (ids, names) = new_vms(name, count);
-    let mut vms: Vec<VmView> = client.post(&format!("{}/vms", of(substrate)), &ActivateVms { ids, names }).await?;
+    let mut vms: Vec<VmView> =
+        client.post(&format!("{}/vms", of(substrate)), &ActivateVms { ids, names, life }).await?;
     let mut failed = None;
     if wait {
         for vm in &mut vms {

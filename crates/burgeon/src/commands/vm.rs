@@ -8,6 +8,7 @@ use burgeon_api::{
     document::Document,
     http::{CreateVm, ServerView, StopVm},
     image::Boot,
+    life::SetLife,
     login::{Login, check_key},
     profile::Profile,
     vm::{Accelerator, Observed, VmView},
@@ -21,23 +22,23 @@ use tokio::{
 
 use super::{Context, copy};
 use crate::{
-    arguments::{VmCommand, VmName},
+    arguments::{LifeArguments, VmCommand, VmName},
     client::{Client, escape},
     output, terminal,
 };
 
 pub(super) async fn run(context: &Context, command: VmCommand) -> Result<u8> {
     match command {
-        VmCommand::Create { substrate: Some(substrate), name, count, no_wait, .. } => {
-            super::substrate::activate(context, &substrate, name, count, !no_wait).await
+        VmCommand::Create { substrate: Some(substrate), name, count, life, no_wait, .. } => {
+            super::substrate::activate(context, &substrate, name, count, set_life(life), !no_wait).await
         }
-        VmCommand::Create { image, name, profile, ssh_key, user, no_wait, .. } => {
+        VmCommand::Create { image, name, profile, ssh_key, user, life, no_wait, .. } => {
             let image = image.ok_or_else(|| Error::invalid("neither an image nor a substrate is named"))?;
             let mut profile = read_profile(&profile)?;
             if !ssh_key.is_empty() {
                 profile.login = Some(read_login(&ssh_key, user)?);
             }
-            create(context, image, name, profile, !no_wait).await
+            create(context, image, name, profile, set_life(life), !no_wait).await
         }
         VmCommand::Show { vm, timing } => show(context, &vm, timing).await,
         VmCommand::Console(VmName { vm }) => console(context, &vm).await,
@@ -48,13 +49,10 @@ pub(super) async fn run(context: &Context, command: VmCommand) -> Result<u8> {
         VmCommand::Start { vms, no_wait } => start(context, &vms, !no_wait).await,
         VmCommand::Stop { vms, force } => stop(context, &vms, force).await,
         VmCommand::Rm { vms, force } => remove(context, &vms, force).await,
-        VmCommand::Park { vms } => {
-            let client = context.client()?;
-            for vm in vms {
-                drop::<VmView>(client.post(&format!("{}/park", path(&vm)), &json!({})).await?);
-            }
-            Ok(0)
-        }
+        VmCommand::Park { vms } => each(context, &vms, "park").await,
+        VmCommand::Set { vms, life } => set(context, &vms, set_life(life)).await,
+        VmCommand::Pause { vms } => each(context, &vms, "pause").await,
+        VmCommand::Resume { vms } => each(context, &vms, "resume").await,
         VmCommand::Receipt(VmName { vm }) => super::substrate::receipt(context, &vm).await,
         VmCommand::Freeze(VmName { vm }) => verb(context, &vm, "freeze").await,
         VmCommand::Thaw(VmName { vm }) => verb(context, &vm, "thaw").await,
@@ -119,6 +117,7 @@ async fn create(
     image: String,
     name: Option<String>,
     mut profile: Profile,
+    life: SetLife,
     wait: bool,
 ) -> Result<u8> {
     let client = context.client()?;
@@ -128,7 +127,7 @@ async fn create(
         // An image without a disk has no init of its own to start.
         profile.init = burgeon_api::profile::Init::None;
     }
-    let request = CreateVm { id: VmId::generate(), name, image, profile };
+    let request = CreateVm { id: VmId::generate(), name, image, profile, life };
     let vm: VmView = client.post("/v1/vms", &request).await?;
     let vm = if wait { wait_until_up(&client, &vm).await? } else { vm };
     if foreign {
@@ -228,9 +227,15 @@ async fn show(context: &Context, vm: &str, timing: bool) -> Result<u8> {
     let host = view.on_host.as_ref();
     if timing {
         let times = host.map(|host| host.start_times.clone()).unwrap_or_default();
-        let rows =
-            times.iter().map(|time| vec![time.phase.clone(), format!("{:.1} ms", micro(time.microseconds))]).collect();
-        output::table(&["phase", "time"], rows);
+        let longest = times.iter().map(|time| time.microseconds).max().unwrap_or(0);
+        let rows = times
+            .iter()
+            .map(|time| {
+                let time_ms = format!("{:.1} ms", micro(time.microseconds));
+                vec![time.phase.clone(), time_ms, bar(time.microseconds, longest)]
+            })
+            .collect();
+        output::table(&["phase", "time", ""], rows);
         return Ok(0);
     }
     let mut lines = vec![
@@ -245,6 +250,12 @@ async fn show(context: &Context, vm: &str, timing: bool) -> Result<u8> {
         ("version", view.version.to_string()),
         ("started again", view.starts.to_string()),
     ];
+    if let Some(end) = view.life.expires_s {
+        lines.push(("removed in", output::age(end.saturating_sub(now_s()))));
+    }
+    if let Some(limit) = view.life.idle_park_s {
+        lines.push(("parked when idle for", output::age(limit)));
+    }
     if let Some(pipeline) = &view.pipeline {
         lines.push(("pipeline", pipeline.clone()));
     }
@@ -273,6 +284,12 @@ async fn show(context: &Context, vm: &str, timing: bool) -> Result<u8> {
     Ok(0)
 }
 
+/// As long as its part of the longest, which has 30 signs; what took any time has one.
+fn bar(time: u64, longest: u64) -> String {
+    let signs = time.saturating_mul(30).div_ceil(longest.max(1));
+    "#".repeat(usize::try_from(signs).unwrap_or(30).min(30))
+}
+
 #[expect(clippy::cast_precision_loss, reason = "a time for people")]
 fn micro(microseconds: u64) -> f64 {
     microseconds as f64 / 1000.0
@@ -294,6 +311,38 @@ pub(super) async fn logs(context: &Context, vm: &str) -> Result<u8> {
 
 async fn verb(context: &Context, vm: &str, verb: &str) -> Result<u8> {
     context.client()?.post::<()>(&format!("{}/{verb}", path(vm)), &json!({})).await?;
+    Ok(0)
+}
+
+fn set_life(arguments: LifeArguments) -> SetLife {
+    SetLife { ttl: arguments.ttl, idle_park: arguments.idle_park }
+}
+
+async fn set(context: &Context, vms: &[String], life: SetLife) -> Result<u8> {
+    if life == SetLife::default() {
+        return Err(Error::invalid("nothing is to be set").with_hint("give --ttl TIME or --idle-park TIME"));
+    }
+    let client = context.client()?;
+    let mut views: Vec<VmView> = Vec::new();
+    for vm in vms {
+        views.push(client.post(&format!("{}/life", path(vm)), &life).await?);
+    }
+    if context.json {
+        output::json(&views)?;
+    }
+    Ok(0)
+}
+
+/// Something that is done to one VM after the other.
+async fn each(context: &Context, vms: &[String], verb: &str) -> Result<u8> {
+    let client = context.client()?;
+    let mut views: Vec<VmView> = Vec::new();
+    for vm in vms {
+        views.push(client.post(&format!("{}/{verb}", path(vm)), &json!({})).await?);
+    }
+    if context.json {
+        output::json(&views)?;
+    }
     Ok(0)
 }
 

@@ -9,12 +9,12 @@ use crate::lab::{Lab, is_running, kill, until};
 
 impl Lab {
     #[track_caller]
-    fn said(&self, vm: &str, script: &str) -> String {
+    pub(crate) fn said(&self, vm: &str, script: &str) -> String {
         self.run(&["exec", vm, "sh", "-c", script]).good().stdout.trim().to_string()
     }
 
     #[track_caller]
-    fn receipt(&self, vm: &str) -> Value {
+    pub(crate) fn receipt(&self, vm: &str) -> Value {
         self.json(&["vm", "receipt", vm])
     }
 }

@@ -62,6 +62,8 @@ impl PathQuery {
 
 async fn get(State(state): State<Shared>, Path(vm): Path<String>, Query(query): Query<PathQuery>) -> Answer<Response> {
     let id = state.meta.vm(&vm).await?.id;
+    let in_use = state.uses.begin(id);
+    state.uses.settled(id).await;
     match state.host.file(id, FileRequest::Get { path: query.bytes()? }).await? {
         (Reply::Content { mode, size }, stream) => {
             let headers = [
@@ -69,7 +71,11 @@ async fn get(State(state): State<Shared>, Path(vm): Path<String>, Query(query): 
                 (header::CONTENT_LENGTH, size.to_string()),
                 (header::HeaderName::from_static("burgeon-mode"), format!("{mode:o}")),
             ];
-            Ok((headers, Body::from_stream(ReaderStream::with_capacity(stream, 64 << 10))).into_response())
+            let content = ReaderStream::with_capacity(stream, 64 << 10).inspect(move |_| {
+                // Until its last byte.
+                let _used = &in_use;
+            });
+            Ok((headers, Body::from_stream(content)).into_response())
         }
         (other, _) => Err(Error::internal(format!("the host process answered {other:?}")).into()),
     }
@@ -88,6 +94,8 @@ async fn put(
         .and_then(|value| value.to_str().ok()?.parse().ok())
         .ok_or_else(|| Error::invalid("a file is put with its Content-Length"))?;
     let request = FileRequest::Put { path: query.bytes()?, mode: query.mode(0o644)?, size };
+    let _in_use = state.uses.begin(id);
+    state.uses.settled(id).await;
     let mut stream = state.host.connect_put(id, request).await?;
     let mut body = body.into_data_stream();
     while let Some(data) = body.next().await {

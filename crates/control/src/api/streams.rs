@@ -55,16 +55,16 @@ type Upgraded = TokioIo<hyper::upgrade::Upgraded>;
 
 async fn exec(State(state): State<Shared>, Path(vm): Path<String>, mut request: Request) -> Answer<Response> {
     check_upgrade(&request)?;
-    let row = state.meta.vm(&vm).await?;
-    let id = row.id;
+    let id = state.meta.vm(&vm).await?.id;
     let upgrade = hyper::upgrade::on(&mut request);
-    let busy = Busy::new(&state.busy);
+    let busy = (Busy::new(&state.busy), state.uses.begin(id));
     state.tasks.clone().spawn(async move {
         let Ok(client) = upgrade.await else { return };
         let mut client = TokioIo::new(client);
         let opened = async {
             let attach = read_attach(&mut client).await?;
-            substrates::wake(&state, row).await?;
+            state.uses.settled(id).await;
+            substrates::wake(&state, state.meta.vm(&id.to_string()).await?).await?;
             state.host.stream(host::Request::Exec { vm: id, attach: Box::new(attach) }).await
         };
         match opened.await {
@@ -133,7 +133,7 @@ async fn raw(
     let id = state.meta.vm(&vm).await?.id;
     let host = state.host.stream(make(id)).await?;
     let upgrade = hyper::upgrade::on(&mut request);
-    let busy = Busy::new(&state.busy);
+    let busy = (Busy::new(&state.busy), state.uses.begin(id));
     state.tasks.clone().spawn(async move {
         if let Ok(client) = upgrade.await {
             relay(TokioIo::new(client), host, false).await;

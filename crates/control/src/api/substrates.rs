@@ -8,6 +8,7 @@ use axum::{
 use burgeon_api::{
     Error,
     host::Begin,
+    life::Life,
     receipt::Receipt,
     substrate::{ActivateVms, CreateSubstrate, ForkVm, Forked, KeepStandbys, MOST_STANDBYS, SubstrateView},
     vm::{Observed, VmView},
@@ -133,7 +134,9 @@ async fn activate(
         return Err(Error::conflict(format!("substrate {} is not docked: it is {state} {detail}", view.name)).into());
     }
     let image = state.host.image_of(source.id).await?;
-    let rows = substrates::rows(&source, &image, Begin::Substrate, &request.ids, &request.names)?;
+    let life = Life::default().set(&request.life, now_s());
+    let mut rows = substrates::rows(&source, &image, Begin::Substrate, &request.ids, &request.names)?;
+    rows.iter_mut().for_each(|row| row.life = life.clone());
     let rows = substrates::record(&state, rows).await?;
     Ok(Json(rows.into_iter().map(|row| state.view(row)).collect()))
 }

@@ -11,6 +11,7 @@ use axum::{
 use burgeon_api::{
     Error, ErrorKind, Result,
     http::{CreateVm, StopVm},
+    life::{Life, SetLife},
     vm::{Figures, Intent, Observed, VmView},
 };
 use burgeon_host::stop_mode;
@@ -51,6 +52,15 @@ pub(super) fn add(routes: &mut Routes) {
             "Start a VM that has stopped, with its disk; one that runs stays as it is",
             start,
         )
+        .gives(one.clone());
+    routes
+        .add("post", "/v1/vms/{vm}/pause", "Have a running VM stand still, with all that it has in memory", pause)
+        .gives(one.clone());
+    routes.add("post", "/v1/vms/{vm}/resume", "Let a paused VM go on, with the right time", resume).gives(one.clone());
+    let life_body = routes.schema::<SetLife>();
+    routes
+        .add("post", "/v1/vms/{vm}/life", "Set when the VM is removed or parked by itself", set_life)
+        .takes(life_body)
         .gives(one);
     routes.add("post", "/v1/vms/{vm}/freeze", "Freeze the guest's workload", freeze);
     routes.add("post", "/v1/vms/{vm}/thaw", "Thaw the guest's workload", thaw);
@@ -68,7 +78,9 @@ async fn make(State(state): State<Shared>, Json(request): Json<CreateVm>) -> Ans
         Some(name) => name,
         None => format!("{}-{}", request.image, request.id.short()),
     };
-    let row = VmRow::new(request.id, name, request.image, request.profile, now_s());
+    let now = now_s();
+    let life = Life::default().set(&request.life, now);
+    let row = VmRow { life, ..VmRow::new(request.id, name, request.image, request.profile, now) };
     let row = state.create_vm(row).await?;
     Ok(Json(state.view(row)))
 }
@@ -97,7 +109,7 @@ async fn wait(
         loop {
             let looks = state.seen.borrow().looks;
             let view = state.view(state.meta.vm(&id.to_string()).await?);
-            if is_over(&view.observed) || (view.observed == Observed::Running && !for_end) {
+            if is_over(&view.observed) || (is_up(&view.observed) && !for_end) {
                 return Ok::<VmView, Error>(view);
             }
             state.when(|seen| (seen.looks > looks).then_some(Ok(()))).await?;
@@ -107,6 +119,10 @@ async fn wait(
         .await
         .map_err(|_| Error::deadline(format!("VM {name} is not there after {} s", LONGEST_WAIT.as_secs())))??;
     Ok(Json(view))
+}
+
+fn is_up(observed: &Observed) -> bool {
+    matches!(observed, Observed::Running | Observed::Paused)
 }
 
 /// The version in an If-Match header.
@@ -160,6 +176,12 @@ async fn stop(
     Json(request): Json<StopVm>,
 ) -> Answer<Json<VmView>> {
     let row = state.meta.vm(&vm).await?;
+    if !request.force && state.view(row.clone()).observed == Observed::Paused {
+        // Wanted stopped, it would stop some time later, when somebody resumes it.
+        return Err(Error::conflict(format!("VM {} is paused, and its guest cannot be asked to stop", row.name))
+            .with_hint(format!("burgeon vm resume {0}, or end it by force: burgeon vm stop --force {0}", row.name))
+            .into());
+    }
     let row = state.meta.set_intent(row.id, Intent::Stopped, None).await?;
     let outcome = state.host.stop(row.id, stop_mode(request.force)).await;
     state.kick.notify_one();
@@ -189,6 +211,51 @@ async fn start(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<Js
         state.kick.notify_one();
         return Ok(Json(state.view(row)));
     }
+}
+
+async fn set_life(
+    State(state): State<Shared>,
+    Path(vm): Path<String>,
+    Json(request): Json<SetLife>,
+) -> Answer<Json<VmView>> {
+    let row = state.meta.vm(&vm).await?;
+    if row.substrate.is_some() {
+        return Err(Error::refused(format!("{} is a substrate, and stays until it is removed", row.name)).into());
+    }
+    let now = now_s();
+    let row = state.meta.set_life(row.id, move |life| life.set(&request, now)).await?;
+    state.kick.notify_one();
+    Ok(Json(state.view(row)))
+}
+
+async fn pause(state: State<Shared>, vm: Path<String>) -> Answer<Json<VmView>> {
+    set_paused(state, vm, true).await
+}
+
+async fn resume(state: State<Shared>, vm: Path<String>) -> Answer<Json<VmView>> {
+    set_paused(state, vm, false).await
+}
+
+async fn set_paused(State(state): State<Shared>, Path(vm): Path<String>, paused: bool) -> Answer<Json<VmView>> {
+    let row = state.meta.vm(&vm).await?;
+    let (id, name) = (row.id, row.name);
+    if row.substrate.is_some() {
+        return Err(Error::refused(format!("{name} is a substrate, or is to become one")).into());
+    }
+    let of_task = state.clone();
+    // Goes on to its end, whether or not the client waits for it.
+    let task = state.tasks.spawn(async move { of_task.host.pause(id, paused).await });
+    task.await.map_err(|error| Error::internal(format!("it was broken off: {error}")))??;
+    state.kick.notify_one();
+    let done = state.when(|seen| {
+        let observed = seen.vms.iter().find(|vm| vm.id == id).map(|vm| &vm.observed);
+        let reached = observed.is_none_or(|seen| is_over(seen) || (*seen == Observed::Paused) == paused);
+        reached.then_some(Ok(()))
+    });
+    timeout(Duration::from_secs(10), done)
+        .await
+        .map_err(|_| Error::deadline(format!("VM {name} is not seen so")))??;
+    Ok(Json(state.view(state.meta.vm(&id.to_string()).await?)))
 }
 
 async fn freeze(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<()> {

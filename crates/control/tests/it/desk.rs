@@ -165,6 +165,7 @@ impl Desk {
             name: Some(name.into()),
             image: "tiny".into(),
             profile: Profile::named("tiny").unwrap(),
+            life: burgeon_api::life::SetLife::default(),
         };
         self.ask("POST", "/v1/vms", &json!(request)).await.unwrap()
     }

@@ -2,6 +2,7 @@
 
 use burgeon_api::{
     ErrorKind, PipelineId, VmId,
+    life::Life,
     profile::Profile,
     vm::{Intent, Observed},
 };
@@ -32,6 +33,10 @@ async fn a_vm_lives_in_meta(home: Home) {
     assert_eq!(meta.set_intent(web.id, Intent::Removed, Some(1)).await.unwrap().version, 2);
     let kept = meta.set_intent(web.id, Intent::Running, None).await.unwrap();
     assert_eq!(kept.intent, Intent::Removed, "removal is final");
+    let life = Life { expires_s: Some(9), idle_park_s: None };
+    let set = meta.set_life(web.id, move |_| life.clone()).await.unwrap();
+    assert_eq!((set.life.expires_s, set.version), (Some(9), 3));
+    assert_eq!(meta.vm("web").await.unwrap(), set);
     meta.forget_vm(web.id).await.unwrap();
     assert_eq!(meta.vm("web").await.unwrap_err().kind, ErrorKind::NotFound);
 }
