@@ -41,6 +41,10 @@ use crate::{
     start::{self, Context, MONITOR_DEADLINE, Phases, Step, Up, connect_agent, connect_monitor},
 };
 
+/// From this phase on the workload runs.
+const THAW: &str = "thaw";
+/// How long the end of a process may follow that of its sockets.
+const DYING: Duration = Duration::from_secs(2);
 /// How long a child waits for the instant that it goes on from.
 const INSTANT_DEADLINE: Duration = Duration::from_secs(120);
 
@@ -125,7 +129,22 @@ pub(crate) async fn bring_up(
     };
     let awaiting = Record { accelerator: claim.accelerator, receipt: None, awaits_receipt: true, ..record.clone() };
     let up = match standby {
-        Some(standby) => take_over(context, directory, awaiting, &claim, standby, &mut phases).await?,
+        Some(mut standby) => {
+            match take_over(context, directory, awaiting.clone(), &claim, &mut standby, &mut phases).await {
+                // It died by itself in the very moment, before its workload went on: another can take its place.
+                Err(error) if phases.current() != THAW && ended_soon(&standby.guard.process).await => {
+                    tracing::warn!(vm = %launch.name, %error, "the QEMU that waited for it is gone; it starts one of its own");
+                    standby.discard(context);
+                    context.disks.close_all(launch.id);
+                    start_own(context, directory, awaiting, &mut claim, &mut phases).await?
+                }
+                Err(error) => {
+                    standby.discard(context);
+                    return Err(error);
+                }
+                Ok(up) => up,
+            }
+        }
         None => start_own(context, directory, awaiting, &mut claim, &mut phases).await?,
     };
     drop((slot, room, busy));
@@ -139,7 +158,7 @@ async fn take_over(
     directory: &Path,
     awaiting: Record,
     claim: &Claim,
-    mut standby: Standby,
+    standby: &mut Standby,
     phases: &mut Phases<'_>,
 ) -> Result<Up> {
     phases.enter("claim");
@@ -167,13 +186,18 @@ async fn take_over(
     standby.guard.armed = false;
     Ok(Up {
         process,
-        qmp: standby.qmp,
+        qmp: standby.qmp.clone(),
         console: Some(console),
-        agent: Some(standby.agent),
+        agent: Some(standby.agent.clone()),
         guest: Some(guest),
         base: Some(claim.base.clone()),
         receipt: Some(receipt),
     })
+}
+
+/// Whether a process is gone, or on its way.
+async fn ended_soon(process: &Process) -> bool {
+    timeout(DYING, process.ended()).await.is_ok()
 }
 
 async fn until_ended<T>(process: &Process, directory: &Path, work: impl Future<Output = Result<T>>) -> Result<T> {
@@ -285,7 +309,7 @@ async fn renew(
 ) -> Result<(Receipt, GuestView)> {
     state::go_on(qmp).await?;
     let receipt = identify(context, &record.launch, claim, agent, phases).await?;
-    phases.enter("thaw");
+    phases.enter(THAW);
     // What its user had frozen before it was parked stays so.
     if !record.frozen {
         agent.thaw().await?;

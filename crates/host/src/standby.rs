@@ -119,7 +119,7 @@ impl Standby {
     }
 
     /// Ends it.
-    fn discard(self, context: &Context) {
+    pub(crate) fn discard(self, context: &Context) {
         clean_up(context, &self.launch, &self.directory, self.guard);
     }
 }
@@ -135,7 +135,13 @@ fn clean_up(context: &Context, launch: &Launch, directory: &Path, guard: KillUnl
         groups.remove(&group_name(&launch));
         let cleared = blocking(move || {
             disks.close_all(launch.id);
-            fs::remove_dir_all(&directory).map_err(|error| Error::io("remove what waited for a VM", &error))
+            match fs::remove_dir_all(&directory) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    Err(Error::io("remove what waited for a VM", &error))
+                }
+                // A VM has its directory by now, or it had none.
+                _ => Ok(()),
+            }
         });
         if let Err(error) = cleared.await {
             tracing::warn!(%error, "the next host process removes it");

@@ -178,6 +178,10 @@ impl<'a> Phases<'a> {
         (self.tell)(step);
     }
 
+    pub(crate) fn current(&self) -> &'static str {
+        self.current
+    }
+
     pub(crate) fn enter(&mut self, phase: &'static str) {
         let now = Instant::now();
         if !self.current.is_empty() {

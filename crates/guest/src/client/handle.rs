@@ -288,7 +288,7 @@ impl AgentClient {
         })
     }
 
-    /// Stops every process of the guest but the agent and the image's init.
+    /// Stops every process of the guest but the agent.
     ///
     /// # Errors
     /// `Refused` when the guest has no cgroups, or something does not come to rest; `Deadline`, `Unavailable`.

@@ -68,7 +68,7 @@ pub enum Request {
         time_ns: u64,
     },
     Figures,
-    /// Stops every process but the agent and the image's init, until Thaw.
+    /// Stops every process but the agent, until Thaw.
     Freeze,
     Thaw,
     Stop {

@@ -1,4 +1,4 @@
-//! Cgroups: the agent's own, the commands', and the freezing of everything but the agent and the init.
+//! Cgroups: the agent's own, the commands', and the freezing of everything but the agent.
 
 use std::{
     fs, io,
@@ -9,12 +9,14 @@ use std::{
 
 use burgeon_guest::protocol::{Failure, FailureKind};
 
-use crate::spawn::failure;
+use crate::{spawn::failure, system};
 
 const ROOT: &str = "/sys/fs/cgroup";
 const AGENT: &str = "burgeon.agent";
 /// Where commands run.
 pub(crate) const COMMANDS: &str = "/sys/fs/cgroup/burgeon";
+/// Where the image's init is while it is frozen, if it has made no cgroups yet: the root cannot be frozen.
+const INIT: &str = "burgeon.init";
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Puts the agent into a cgroup of its own and makes the one of the commands.
@@ -49,11 +51,12 @@ pub(crate) fn directory(cgroup: &str) -> io::Result<OwnedFd> {
     }
 }
 
-/// Freezes every top-level cgroup but the agent's and systemd's own, and waits until all of them are still.
+/// Freezes every top-level cgroup but the agent's, and waits until all of them are still. The image's init is no exception:
+/// one that is starting yet would write names of the machine that it was captured as.
 /// What does not freeze in time is thawed again with the others.
 pub(crate) fn freeze() -> Result<(), Failure> {
     let wrong = |error: io::Error| failure(FailureKind::Unsupported, format!("cannot freeze the workload: {error}"));
-    gather_strays().map_err(wrong)?;
+    gather_strays().and_then(|()| move_init(ROOT, &format!("{ROOT}/{INIT}"))).map_err(wrong)?;
     let groups = set_all(true).map_err(wrong)?;
     let until = Instant::now() + PATIENCE;
     for group in &groups {
@@ -71,7 +74,19 @@ pub(crate) fn freeze() -> Result<(), Failure> {
 
 pub(crate) fn thaw() -> Result<(), Failure> {
     let wrong = |error: io::Error| failure(FailureKind::Unsupported, format!("cannot thaw the workload: {error}"));
-    set_all(false).map(|_| ()).map_err(wrong)
+    set_all(false).map_err(wrong)?;
+    let init = format!("{ROOT}/{INIT}");
+    if Path::new(&init).is_dir() { move_init(&init, ROOT).map_err(wrong) } else { Ok(()) }
+}
+
+/// Moves process 1, where it is not this agent, from one cgroup to another, if it is in the first.
+fn move_init(from: &str, to: &str) -> io::Result<()> {
+    let is_there = fs::read_to_string(format!("{from}/cgroup.procs"))?.lines().any(|line| line == "1");
+    if system::is_init() || !is_there {
+        return Ok(());
+    }
+    directory(to)?;
+    fs::write(format!("{to}/cgroup.procs"), "1")
 }
 
 fn set_all(frozen: bool) -> io::Result<Vec<String>> {
@@ -79,7 +94,7 @@ fn set_all(frozen: bool) -> io::Result<Vec<String>> {
     for entry in fs::read_dir(ROOT)? {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        if !entry.file_type()?.is_dir() || name == AGENT || name == "init.scope" {
+        if !entry.file_type()?.is_dir() || name == AGENT {
             continue;
         }
         // A group may vanish meanwhile; one without the switch holds no processes of ours to stop.
