@@ -56,7 +56,7 @@ pub(crate) fn directory(cgroup: &str) -> io::Result<OwnedFd> {
 /// What does not freeze in time is thawed again with the others.
 pub(crate) fn freeze() -> Result<(), Failure> {
     let wrong = |error: io::Error| failure(FailureKind::Unsupported, format!("cannot freeze the workload: {error}"));
-    gather_strays().and_then(|()| move_init(ROOT, &format!("{ROOT}/{INIT}"))).map_err(wrong)?;
+    gather_strays().and_then(|()| take_init()).map_err(wrong)?;
     let groups = set_all(true).map_err(wrong)?;
     let until = Instant::now() + PATIENCE;
     for group in &groups {
@@ -75,18 +75,23 @@ pub(crate) fn freeze() -> Result<(), Failure> {
 pub(crate) fn thaw() -> Result<(), Failure> {
     let wrong = |error: io::Error| failure(FailureKind::Unsupported, format!("cannot thaw the workload: {error}"));
     set_all(false).map_err(wrong)?;
-    let init = format!("{ROOT}/{INIT}");
-    if Path::new(&init).is_dir() { move_init(&init, ROOT).map_err(wrong) } else { Ok(()) }
+    if init_is_in(INIT) { fs::write(format!("{ROOT}/cgroup.procs"), "1").map_err(wrong) } else { Ok(()) }
 }
 
-/// Moves process 1, where it is not this agent, from one cgroup to another, if it is in the first.
-fn move_init(from: &str, to: &str) -> io::Result<()> {
-    let is_there = fs::read_to_string(format!("{from}/cgroup.procs"))?.lines().any(|line| line == "1");
-    if system::is_init() || !is_there {
+/// Has the image's init in a cgroup that can be frozen. Until it makes one it is in the root, or in the agent's, as the
+/// program that it was.
+fn take_init() -> io::Result<()> {
+    if system::is_init() || !(init_is_in("") || init_is_in(AGENT)) {
         return Ok(());
     }
-    directory(to)?;
-    fs::write(format!("{to}/cgroup.procs"), "1")
+    let group = format!("{ROOT}/{INIT}");
+    directory(&group)?;
+    fs::write(format!("{group}/cgroup.procs"), "1")
+}
+
+fn init_is_in(group: &str) -> bool {
+    let of_init = fs::read_to_string("/proc/1/cgroup").unwrap_or_default();
+    of_init.lines().any(|line| line.strip_prefix("0::/") == Some(group))
 }
 
 fn set_all(frozen: bool) -> io::Result<Vec<String>> {
