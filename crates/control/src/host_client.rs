@@ -102,7 +102,8 @@ impl HostClient {
 
     /// Keeps a running VM's state and ends its process.
     pub(crate) async fn park(&self, vm: VmId) -> Result<()> {
-        self.done(Request::Park { vm }, FORK).await
+        // Large memories on their way to a store far away take their time.
+        self.done(Request::Park { vm }, DOCK).await
     }
 
     /// Ends a VM that could not be made what it should become.

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use burgeon_api::{
-    Error, VmId,
+    Error, ErrorKind, VmId,
     vm::{Intent, Observed},
 };
 use burgeon_plan::life::{Due, Known, due};
@@ -108,9 +108,13 @@ pub(crate) async fn carry_out(state: &Shared, rows: &[VmRow]) {
         match due(&known, now) {
             Due::Nothing => {}
             Due::Remove => {
-                tracing::warn!(vm = %row.name, id = %row.id, reason = "its time to live is over", "removed");
-                match state.meta.set_intent(row.id, Intent::Removed, None).await {
-                    Ok(_) => state.kick.notify_one(),
+                match state.meta.set_intent(row.id, Intent::Removed, Some(row.version)).await {
+                    Ok(_) => {
+                        tracing::warn!(vm = %row.name, id = %row.id, reason = "its time to live is over", "removed");
+                        state.kick.notify_one();
+                    }
+                    // It may have been given more time since this look began: the next one tells.
+                    Err(error) if error.kind == ErrorKind::Conflict => {}
                     Err(error) => tracing::error!(vm = %row.name, %error, "it is removed at the next look"),
                 }
             }

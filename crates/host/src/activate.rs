@@ -122,9 +122,7 @@ pub(crate) async fn bring_up(
     let busy = context.standbys.busy();
     let own = claim.source == launch.id;
     let standby = match &*claim.frozen.borrow() {
-        Some(Ok(frozen)) if !own && claim.waiting.is_none() => {
-            context.standbys.claim(context, claim.source, launch, frozen)
-        }
+        Some(Ok(frozen)) if !own && claim.waiting.is_none() => context.standbys.claim(claim.source, launch, frozen),
         _ => None,
     };
     let awaiting = Record { accelerator: claim.accelerator, receipt: None, awaits_receipt: true, ..record.clone() };
@@ -134,15 +132,11 @@ pub(crate) async fn bring_up(
                 // It died by itself in the very moment, before its workload went on: another can take its place.
                 Err(error) if phases.current() != THAW && ended_soon(&standby.guard.process).await => {
                     tracing::warn!(vm = %launch.name, %error, "the QEMU that waited for it is gone; it starts one of its own");
-                    standby.discard(context);
+                    drop(standby);
                     context.disks.close_all(launch.id);
                     start_own(context, directory, awaiting, &mut claim, &mut phases).await?
                 }
-                Err(error) => {
-                    standby.discard(context);
-                    return Err(error);
-                }
-                Ok(up) => up,
+                done => done?,
             }
         }
         None => start_own(context, directory, awaiting, &mut claim, &mut phases).await?,
@@ -167,14 +161,11 @@ async fn take_over(
     let limits = start::limits(context, &launch, process.identity.pid, standby.run_as);
     let record = awaiting.of_process(process.identity.clone(), standby.run_as, limits);
     // Written down first: a process that dies behind this line ends that QEMU, wherever its directory is.
-    let (stored, of_record) = (record.clone(), directory.to_path_buf());
-    let (disks, of_launch, source) = (context.disks.clone(), launch.clone(), claim.source);
-    let (stored, cloned) =
-        tokio::join!(blocking(move || stored.store(&of_record)), blocking(move || disks.clone_all(&of_launch, source)));
-    stored?;
+    record.store(directory)?;
     phases.tell(Step::Started { record: Box::new(record.clone()) });
-    cloned?;
-    standby.hand_to(context, directory, launch.id)?;
+    let (disks, of_launch, source) = (context.disks.clone(), launch.clone(), claim.source);
+    blocking(move || disks.clone_all(&of_launch, source)).await?;
+    standby.hand_to(directory, launch.id)?;
     context.disks.bind_all(launch.id)?;
     let until_it_ends = async {
         let console = start::connect_console(directory, Instant::now() + MONITOR_DEADLINE).await?;

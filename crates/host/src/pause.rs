@@ -15,7 +15,7 @@ use burgeon_qemu::state;
 use tokio::time::Instant;
 
 use crate::{
-    fork::{begin_capture, capture_is_over},
+    fork::{begin_capture, capture_is_over, was_being_captured},
     plug::Gate,
     start::{Context, MONITOR_DEADLINE, attach_agent, clock_ns},
     vm::Hold,
@@ -71,13 +71,14 @@ impl Gate {
         write_down: impl Fn(Hold) -> F,
     ) -> Result<()> {
         let (name, image) = (&self.record.launch.name, &self.record.launch.image);
-        if !self.record.paused {
+        let directory = context.layout.vm(self.record.launch.id);
+        // The mark is left by one that could neither go on nor be paused again.
+        if !self.record.paused && !was_being_captured(&directory) {
             return Ok(());
         }
         let Some(monitor) = &self.monitor else {
             return Err(Error::conflict(format!("VM {name} has just ended")));
         };
-        let directory = context.layout.vm(self.record.launch.id);
         begin_capture(&directory)?;
         let met = async {
             write_down(Hold::GoesOn).await?;
@@ -96,9 +97,11 @@ impl Gate {
         let (agent, met) = match met {
             Ok(met) => met,
             Err(error) => {
-                state::pause(monitor).await?;
-                write_down(Hold::Paused).await?;
-                capture_is_over(&directory);
+                let stands = state::pause(monitor).await;
+                let written = write_down(Hold::Paused).await;
+                if stands.and(written).is_ok() {
+                    capture_is_over(&directory);
+                }
                 return Err(Error::context(error, "resume the VM"));
             }
         };

@@ -115,7 +115,7 @@ fn find_left_over(context: &Arc<Context>, changes: &broadcast::Sender<HostVm>) -
     let Ok(directories) = std::fs::read_dir(context.layout.vms()) else { return vms };
     for directory in directories.flatten().map(|entry| entry.path()) {
         if standby::is_one(&directory) {
-            standby::clear(&directory);
+            standby::clear(context, &directory);
             continue;
         }
         match Record::load(&directory) {
@@ -169,7 +169,9 @@ fn look_for(directory: &Path, mut record: Record) -> (Record, Result<Arc<Process
     }
     if record.awaits_receipt {
         // It was being given its identity, and nobody knows how far that went.
-        if let Some(process) = record.process.as_ref().and_then(|process| Process::hold(process).ok()) {
+        // One that it has claimed may have died, and its own not be written down yet.
+        let known = [record.process.clone(), find_unrecorded(directory)];
+        for process in known.into_iter().flatten().filter_map(|process| Process::hold(&process).ok()) {
             process.kill();
         }
         let reason = "the host process ended before the VM had shown its receipt".to_string();

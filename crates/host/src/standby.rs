@@ -36,7 +36,7 @@ use burgeon_plan::standby::{BURST, Demand, MOST_ASKED, wanted};
 use burgeon_qemu::{
     command::file,
     memory::Guest,
-    process::{self, Process, RunAs, log_tail},
+    process::{self, Identity, Process, RunAs, log_tail},
     qmp::Qmp,
     state,
 };
@@ -46,8 +46,11 @@ use tokio::{
 };
 
 use crate::{
+    cgroup::Groups,
+    disks::Disks,
     frozen::Frozen,
     identity,
+    layout::Layout,
     plug::blocking,
     prepare,
     record::find_unrecorded,
@@ -56,8 +59,10 @@ use crate::{
 
 /// In the directory of one that waits.
 const MARKER: &str = "standby";
-/// How long its guest may take to answer.
-const GREETED: Duration = Duration::from_secs(20);
+/// How long one may take from its start until it waits, whatever its guest does.
+const GREETED: Duration = Duration::from_secs(120);
+/// What is put before the end of a VM's id for its cgroup.
+pub(crate) const GROUP: &str = "burgeon-vm-";
 /// A substrate of which none could be made is left alone for so long.
 const AFTER_FAILURE: Duration = Duration::from_secs(60);
 /// None is made before nothing has gone on from a captured state for this long.
@@ -71,21 +76,110 @@ pub(crate) fn is_one(directory: &Path) -> bool {
 }
 
 /// Ends one that an earlier host process has left.
-pub(crate) fn clear(directory: &Path) {
-    if let Some(process) = find_unrecorded(directory).and_then(|identity| Process::hold(&identity).ok()) {
-        process.kill();
+pub(crate) fn clear(context: &Context, directory: &Path) {
+    // It may have gone to another directory, or have been started and not written down yet.
+    let written: Option<Identity> =
+        fs::read(directory.join(MARKER)).ok().and_then(|text| serde_json::from_slice(&text).ok());
+    for identity in [written, find_unrecorded(directory)].into_iter().flatten() {
+        if let Ok(process) = Process::hold(&identity) {
+            process.kill();
+        }
     }
-    if let Err(error) = fs::remove_dir_all(directory) {
-        tracing::warn!(directory = %directory.display(), %error, "what waited for a VM takes room");
+    let name = directory.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    // Both are named after the end of an id.
+    if let Some(short) = name.len().checked_sub(8).and_then(|at| name.get(at..)) {
+        context.groups.remove(&format!("{GROUP}{short}"));
+    }
+    remove(&context.layout, directory);
+}
+
+/// Removes the directory of one that waited. Aside first: half of it, without its mark, would be nobody's.
+fn remove(layout: &Layout, directory: &Path) {
+    let name = directory.file_name().unwrap_or_default().to_string_lossy();
+    let aside = layout.temporary().join(format!("{MARKER}-{name}"));
+    let removed = fs::rename(directory, &aside).and_then(|()| fs::remove_dir_all(&aside));
+    match removed {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            tracing::warn!(directory = %directory.display(), %error, "what waited for a VM takes room");
+        }
+        // A VM has it by now, or it was never there.
+        _ => {}
+    }
+}
+
+/// Removes what an earlier host process was about to make or to remove.
+fn sweep(layout: &Layout) {
+    for entry in fs::read_dir(layout.temporary()).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(MARKER)
+            && let Err(error) = fs::remove_dir_all(entry.path())
+        {
+            tracing::warn!(%error, "what waited for a VM takes room");
+        }
+    }
+}
+
+/// What one that waits has on this host. Dropped, it is removed, once its QEMU has ended.
+struct Place {
+    /// As a VM it would be this one.
+    launch: Launch,
+    directory: PathBuf,
+    layout: Layout,
+    disks: Arc<Disks>,
+    groups: Groups,
+    process: Option<Arc<Process>>,
+    /// A VM has the disks and QEMU's directory.
+    handed: bool,
+}
+
+impl Place {
+    /// Makes its directory, marked from the first moment on.
+    fn make(context: &Context, launch: Launch) -> Result<Place> {
+        let failed = |error: std::io::Error| Error::io("make a directory for a QEMU", &error);
+        let directory = context.layout.vm(launch.id);
+        let aside = context.layout.temporary().join(format!("{MARKER}-{}", launch.id.short()));
+        fs::create_dir_all(&aside)
+            .and_then(|()| fs::write(aside.join(MARKER), ""))
+            .and_then(|()| fs::rename(&aside, &directory))
+            .map_err(failed)?;
+        let (layout, disks, groups) = (context.layout.clone(), context.disks.clone(), context.groups.clone());
+        Ok(Place { launch, directory, layout, disks, groups, process: None, handed: false })
+    }
+
+    /// Whose it is, for the next host process.
+    fn write_down(&self, process: &Identity) -> Result<()> {
+        let text = serde_json::to_vec(process).map_err(|error| Error::internal(error.to_string()))?;
+        fs::write(self.directory.join(MARKER), text).map_err(|error| Error::io("write a QEMU down", &error))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let (disks, groups, layout) = (self.disks.clone(), self.groups.clone(), self.layout.clone());
+        let (launch, directory, process) = (self.launch.clone(), self.directory.clone(), self.process.take());
+        let handed = self.handed;
+        let clean_up = move || {
+            if !handed {
+                disks.close_all(launch.id);
+            }
+            groups.remove(&group_name(&launch));
+            remove(&layout, &directory);
+        };
+        tokio::spawn(async move {
+            // QEMU goes first, so that nothing asks for its disks any more. One that was handed over stays.
+            if let Some(process) = process.filter(|_| !handed) {
+                process.ended().await;
+                drop(process.reap());
+            }
+            drop(tokio::task::spawn_blocking(clean_up).await);
+        });
     }
 }
 
 /// One that waits.
 pub(crate) struct Standby {
-    /// As a VM it would be this one.
-    launch: Launch,
-    directory: PathBuf,
+    // In this order: what is dropped first ends QEMU.
     pub(crate) guard: KillUnlessUp,
+    place: Place,
     pub(crate) run_as: RunAs,
     pub(crate) qmp: Qmp,
     pub(crate) agent: AgentClient,
@@ -95,58 +189,27 @@ pub(crate) struct Standby {
 impl Standby {
     /// Whether a VM may claim it.
     fn fits(&self, launch: &Launch, frozen: &Arc<Frozen>) -> bool {
-        let is_alive =
-            process::identity_of(self.guard.process.identity.pid).as_ref() == Some(&self.guard.process.identity);
-        is_alive
+        let identity = &self.guard.process.identity;
+        process::identity_of(identity.pid).as_ref() == Some(identity)
             && self.agent.ended().is_none()
             && Arc::ptr_eq(&self.frozen, frozen)
-            && self.launch.profile == launch.profile
-            && self.launch.image == launch.image
+            && self.place.launch.profile == launch.profile
+            && self.place.launch.image == launch.image
     }
 
-    /// Gives the VM what QEMU has open, and its place among the limits. The VM's record names the process already.
+    /// Gives the VM what QEMU has open. The VM's record names the process already.
     ///
     /// # Errors
     /// The system's.
-    pub(crate) fn hand_to(&self, context: &Context, directory: &Path, id: VmId) -> Result<()> {
+    pub(crate) fn hand_to(&mut self, directory: &Path, id: VmId) -> Result<()> {
         let failed = |error: std::io::Error| Error::io("move what waited to its VM", &error);
         for name in [file::QEMU_LOG, file::QEMU_DIRECTORY] {
-            fs::rename(self.directory.join(name), directory.join(name)).map_err(failed)?;
+            fs::rename(self.place.directory.join(name), directory.join(name)).map_err(failed)?;
         }
-        context.disks.hand_to(self.launch.id, id);
-        context.groups.remove(&group_name(&self.launch));
-        fs::remove_dir_all(&self.directory).map_err(failed)
+        self.place.disks.hand_to(self.place.launch.id, id);
+        self.place.handed = true;
+        Ok(())
     }
-
-    /// Ends it.
-    pub(crate) fn discard(self, context: &Context) {
-        clean_up(context, &self.launch, &self.directory, self.guard);
-    }
-}
-
-/// Ends one that waited, or was about to. QEMU goes first, so that nothing asks for its disks any more.
-fn clean_up(context: &Context, launch: &Launch, directory: &Path, guard: KillUnlessUp) {
-    let (disks, groups, launch) = (context.disks.clone(), context.groups.clone(), launch.clone());
-    let directory = directory.to_path_buf();
-    let process = guard.process.clone();
-    drop(guard);
-    tokio::spawn(async move {
-        process.ended().await;
-        groups.remove(&group_name(&launch));
-        let cleared = blocking(move || {
-            disks.close_all(launch.id);
-            match fs::remove_dir_all(&directory) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    Err(Error::io("remove what waited for a VM", &error))
-                }
-                // A VM has its directory by now, or it had none.
-                _ => Ok(()),
-            }
-        });
-        if let Err(error) = cleared.await {
-            tracing::warn!(%error, "the next host process removes it");
-        }
-    });
 }
 
 #[derive(Default)]
@@ -233,13 +296,7 @@ impl Standbys {
     }
 
     /// One for a VM, if there is one.
-    pub(crate) fn claim(
-        &self,
-        context: &Context,
-        substrate: VmId,
-        launch: &Launch,
-        frozen: &Arc<Frozen>,
-    ) -> Option<Standby> {
+    pub(crate) fn claim(&self, substrate: VmId, launch: &Launch, frozen: &Arc<Frozen>) -> Option<Standby> {
         let mut unfit = Vec::new();
         let claimed = {
             let mut of = self.of();
@@ -256,24 +313,25 @@ impl Standbys {
                 }
             }
         };
-        unfit.into_iter().for_each(|standby| standby.discard(context));
+        // Ended outside the lock.
+        drop(unfit);
         claimed
     }
 
     /// The substrate is gone.
-    pub(crate) fn forget(&self, context: &Context, substrate: VmId) {
+    pub(crate) fn forget(&self, substrate: VmId) {
         let known = self.of().remove(&substrate);
-        known.into_iter().flat_map(|known| known.waiting).for_each(|standby| standby.discard(context));
+        drop(known);
     }
 
     /// This process is leaving: nobody could claim them any more.
     pub(crate) fn close(&self) {
         self.closed.store(true, Ordering::Release);
         for standby in self.of().drain().flat_map(|(_, known)| known.waiting) {
+            // Now, and not in a task that this process does not wait for.
             standby.guard.process.kill();
-            if let Err(error) = fs::remove_dir_all(&standby.directory) {
-                tracing::warn!(%error, "the next host process removes it");
-            }
+            standby.place.groups.remove(&group_name(&standby.place.launch));
+            remove(&standby.place.layout, &standby.place.directory);
         }
     }
 
@@ -283,7 +341,7 @@ impl Standbys {
         for (substrate, known) in of.iter_mut() {
             let waiting = u32::try_from(known.waiting.len()).unwrap_or(u32::MAX);
             let room = |known: &Use| match known.waiting.first() {
-                Some(one) => context.room.has(one.launch.profile.memory),
+                Some(one) => context.room.has(one.place.launch.profile.memory),
                 // How much one takes is known when its substrate is looked at.
                 None => true,
             };
@@ -299,7 +357,7 @@ impl Standbys {
         None
     }
 
-    fn add(&self, context: &Context, substrate: VmId, made: Result<Standby>) {
+    fn add(&self, substrate: VmId, made: Result<Standby>) {
         let mut of = self.of();
         match (of.get_mut(&substrate), made) {
             (Some(known), Ok(standby)) if !self.closed.load(Ordering::Acquire) => {
@@ -307,7 +365,7 @@ impl Standbys {
                 known.waiting.push(standby);
             }
             // The substrate went meanwhile, or this process goes.
-            (_, Ok(standby)) => standby.discard(context),
+            (_, Ok(standby)) => drop(standby),
             (Some(known), Err(error)) => {
                 tracing::warn!(%substrate, %error, "no QEMU waits for VMs of this substrate; they take longer");
                 known.failed = Some((Instant::now(), error));
@@ -320,6 +378,7 @@ impl Standbys {
 /// Keeps as many waiting as are wanted, one change at a time, and only while nobody waits for a VM.
 pub(crate) async fn keep(context: Arc<Context>) {
     let standbys = &context.standbys;
+    sweep(&context.layout);
     loop {
         // A notice that comes before this is not lost: one is kept.
         let _time_is_a_reason_too = timeout(LOOK_AGAIN, standbys.changed.notified()).await;
@@ -332,10 +391,10 @@ pub(crate) async fn keep(context: Arc<Context>) {
                 }
             }
             match standbys.next_move(&context) {
-                Some(Move::End(standby)) => standby.discard(&context),
+                Some(Move::End(standby)) => drop(standby),
                 Some(Move::Make(substrate)) => {
                     let made = make(&context, substrate).await;
-                    standbys.add(&context, substrate, made);
+                    standbys.add(substrate, made);
                 }
                 None => break,
             }
@@ -355,55 +414,36 @@ async fn make(context: &Context, substrate: VmId) -> Result<Standby> {
         begin: Begin::Substrate,
         ..record.launch
     };
-    let room = context.room.take(launch.profile.memory)?;
-    let directory = context.layout.vm(launch.id);
+    let _room_until_it_waits = context.room.take(launch.profile.memory)?;
     let run_as = process::run_as(launch.id.uuid().as_u128(), record.accelerator);
+    let mut place = Place::make(context, launch.clone())?;
+    let directory = place.directory.clone();
     let attached = {
-        let (layout, disks, of_launch, directory) =
+        let (layout, disks, launch, directory) =
             (context.layout.clone(), context.disks.clone(), launch.clone(), directory.clone());
         blocking(move || {
-            fs::create_dir(&directory).map_err(|error| Error::io("create a directory for a QEMU", &error))?;
-            let made = (|| {
-                fs::write(directory.join(MARKER), "").map_err(|error| Error::io("mark a directory", &error))?;
-                prepare::prepare_activation(&layout, &directory, &of_launch, substrate, run_as)?;
-                disks.serve_late(&of_launch, substrate, run_as.user())?;
-                disks.attached(substrate)
-            })();
-            if made.is_err() {
-                disks.close_all(of_launch.id);
-                let _its_error_is_told = fs::remove_dir_all(&directory);
-            }
-            made
+            prepare::prepare_activation(&layout, &directory, &launch, substrate, run_as)?;
+            disks.serve_late(&launch, substrate, run_as.user())?;
+            disks.attached(substrate)
         })
         .await?
     };
     let machine = prepare::activation(&launch, record.accelerator, attached, &frozen.base);
     let memory = Some(frozen.base.file().as_fd());
-    let (guard, _limits_are_told_with_the_vm) = match start_qemu(context, &directory, &launch, &machine, run_as, memory)
-    {
-        Ok(started) => started,
-        Err(error) => {
-            context.disks.close_all(launch.id);
-            let _its_error_is_told = fs::remove_dir_all(&directory);
-            return Err(error);
-        }
-    };
+    let (guard, _limits_are_told_with_the_vm) = start_qemu(context, &directory, &launch, &machine, run_as, memory)?;
     let process = guard.process.clone();
-    let greeted = tokio::select! {
-        greeted = greet(context, &directory, &launch, &frozen, &process) => greeted,
+    place.process = Some(process.clone());
+    place.write_down(&process.identity)?;
+    let (qmp, agent) = tokio::select! {
+        greeted = timeout(GREETED, greet(context, &directory, &launch, &frozen, &process)) => {
+            greeted.map_err(|_| Error::deadline("its guest does not answer"))??
+        }
         () = process.ended() => {
             let said = log_tail(&directory.join(file::QEMU_LOG), 600);
-            Err(Error::refused(format!("QEMU ended while it took up the captured state: {said}")))
+            return Err(Error::refused(format!("QEMU ended while it took up the captured state: {said}")));
         }
     };
-    drop(room);
-    match greeted {
-        Ok((qmp, agent)) => Ok(Standby { launch, directory, guard, run_as, qmp, agent, frozen }),
-        Err(error) => {
-            clean_up(context, &launch, &directory, guard);
-            Err(error)
-        }
-    }
+    Ok(Standby { guard, place, run_as, qmp, agent, frozen })
 }
 
 /// Has the guest go on until its agent has answered, and stand still again.
@@ -425,7 +465,7 @@ async fn greet(
     // Without a name: what it is called comes with the claim.
     let agent = connect_agent(directory, "", true, deadline).await?;
     state::go_on(&qmp).await?;
-    agent.wait_ready(Instant::now() + GREETED).await?;
+    agent.wait_ready(Instant::now() + MONITOR_DEADLINE).await?;
     identity::rehearse(&agent, launch).await?;
     state::pause(&qmp).await?;
     if context.disks.is_spoiled(launch.id) {

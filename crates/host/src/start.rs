@@ -49,7 +49,7 @@ use crate::{
     prepare::Disk,
     record::Record,
     room::Room,
-    standby::Standbys,
+    standby::{self, Standbys},
 };
 
 /// How long a guest may take to its agent's first word before it is started again.
@@ -262,8 +262,11 @@ pub(crate) fn start_qemu(
     let log = directory.join(file::QEMU_LOG);
     let inside = directory.join(file::QEMU_DIRECTORY);
     let identity = process::start(&context.qemu.program, &arguments(machine), &inside, &log, run_as, memory)?;
-    let process = Process::hold(&identity)
-        .map_err(|_| Error::internal(format!("QEMU ended at once: {}", log_tail(&log, 600))))?;
+    let process = Process::hold(&identity).map_err(|_| {
+        // It may run though it cannot be watched.
+        process::kill_child(&identity);
+        Error::internal(format!("QEMU ended at once: {}", log_tail(&log, 600)))
+    })?;
     let limits = limits(context, launch, identity.pid, run_as);
     Ok((KillUnlessUp { process: Arc::new(process), armed: true }, limits))
 }
@@ -329,7 +332,7 @@ impl Drop for KillUnlessUp {
 }
 
 pub(crate) fn group_name(launch: &Launch) -> String {
-    format!("burgeon-vm-{}", launch.id.short())
+    format!("{}{}", standby::GROUP, launch.id.short())
 }
 
 fn standing_limits(run_as: RunAs) -> [Limit; 2] {

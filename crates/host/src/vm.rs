@@ -483,6 +483,11 @@ impl Owner {
     /// Lets the guest write again. If that fails too, QEMU says so and pauses it once more.
     fn try_disk_again(&mut self) {
         self.disk_retry_at = None;
+        if self.gate.try_lock().is_err() {
+            // It is being captured, and stands for that.
+            self.disk_retry_at = Some(Instant::now() + REATTACH);
+            return;
+        }
         let Some(up) = &self.up else { return };
         let qmp = up.qmp.clone();
         let name = self.record.launch.name.clone();
@@ -592,6 +597,8 @@ impl Owner {
         self.context.disks.close_all(self.record.launch.id);
         self.context.groups.remove(&group_name(&self.record.launch));
         self.record.ended = Some(observed.clone());
+        // Nobody could resume it.
+        self.record.paused = false;
         self.store();
         self.publish(|view| {
             view.observed = observed;
@@ -773,6 +780,7 @@ impl Owner {
             starts,
             receipt,
             process: None,
+            user: None,
             limits: Vec::new(),
             awaits_receipt: false,
             frozen: self.record.frozen && self.record.docked.is_some(),
@@ -810,6 +818,15 @@ impl Owner {
         }
         if matches!(mode, StopMode::Graceful { .. }) && self.record.paused {
             drop(done.send(Err(is_paused(&self.record.launch.name))));
+            return;
+        }
+        if matches!(mode, StopMode::Graceful { .. }) && self.gate.try_lock().is_err() {
+            // Its CPUs may stand, and then it could not answer, and would be ended instead.
+            let name = &self.record.launch.name;
+            let error =
+                Error::conflict(format!("VM {name} is being captured or paused, or its disks are being changed"))
+                    .with_hint("try again in a moment, or end it by force: burgeon vm stop --force");
+            drop(done.send(Err(error)));
             return;
         }
         if let (StopMode::Graceful { .. }, Some((_, waiting))) = (mode, &mut self.stopping) {
@@ -879,7 +896,7 @@ impl Owner {
         self.context.groups.remove(&group_name(&self.record.launch));
         let (disks, id) = (self.context.disks.clone(), self.record.launch.id);
         self.context.substrates.forget(id);
-        self.context.standbys.forget(&self.context, id);
+        self.context.standbys.forget(id);
         disks.close_all(id);
         let removed = match std::fs::remove_dir_all(&self.directory) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

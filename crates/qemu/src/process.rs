@@ -182,6 +182,13 @@ pub fn start(
     identity_of(pid).ok_or_else(|| Error::internal(format!("QEMU ended at once: {}", log_tail(log, 600))))
 }
 
+/// Ends a child that was started just now. Nobody has reaped it, so its number is its own.
+pub fn kill_child(identity: &Identity) {
+    if let Some(pid) = i32::try_from(identity.pid).ok().and_then(Pid::from_raw) {
+        let _ended_by_itself = rustix::process::kill_process(pid, Signal::KILL);
+    }
+}
+
 /// Makes a VM's directory its own: only QEMU's user (and root) may enter it.
 ///
 /// # Errors

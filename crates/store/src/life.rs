@@ -1,6 +1,6 @@
 //! How long VMs are kept: a column of meta.
 
-use burgeon_api::{Error, Result, VmId, life::Life};
+use burgeon_api::{Error, Result, VmId, life::Life, vm::Intent};
 
 use crate::meta::{Meta, VmRow, find_vm, to_json};
 
@@ -18,6 +18,9 @@ impl Meta {
             .write("change VM", move |connection| {
                 let row = find_vm(connection, "id", &id.to_string())?
                     .ok_or_else(|| Error::not_found(format!("VM {id} is gone")))?;
+                if row.intent == Intent::Removed {
+                    return Err(Error::conflict(format!("VM {} is being removed", row.name)));
+                }
                 let row = VmRow { life: change(row.life), version: row.version + 1, ..row };
                 connection.execute(
                     "UPDATE vm SET life = $2, version = $3 WHERE id = $1",

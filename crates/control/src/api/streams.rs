@@ -131,9 +131,10 @@ async fn raw(
 ) -> Answer<Response> {
     check_upgrade(&request)?;
     let id = state.meta.vm(&vm).await?.id;
+    let busy = (Busy::new(&state.busy), state.uses.begin(id));
+    state.uses.settled(id).await;
     let host = state.host.stream(make(id)).await?;
     let upgrade = hyper::upgrade::on(&mut request);
-    let busy = (Busy::new(&state.busy), state.uses.begin(id));
     state.tasks.clone().spawn(async move {
         if let Ok(client) = upgrade.await {
             relay(TokioIo::new(client), host, false).await;

@@ -97,7 +97,8 @@ async fn a_guest_that_repeats_another_ones_receipt_is_found_out() {
     let siblings = Siblings::default();
     let first = given(&siblings, "0.1.0+2", |identity, more| Some(honest(identity, more))).await.unwrap();
     assert!(first.ssh_host_key.as_ref().is_some_and(|key| key.starts_with("SHA256:")));
-    let whole: Arc<[(&str, fn(&Receipt, &mut protocol::Receipt))]> = Arc::new([
+    type Lie = (&'static str, fn(&Receipt, &mut protocol::Receipt));
+    let whole: Arc<[Lie]> = Arc::new([
         ("random bytes", |first, receipt| {
             for (at, byte) in receipt.sample.iter_mut().enumerate() {
                 *byte = u8::from_str_radix(&first.sample[at * 2..at * 2 + 2], 16).unwrap();

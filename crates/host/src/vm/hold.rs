@@ -30,6 +30,9 @@ impl Owner {
         let Some(up) = &mut self.up else {
             return Err(Error::conflict(format!("VM {} has just ended", self.record.launch.name)));
         };
+        if matches!(hold, Hold::Paused) && self.stopping.is_some() {
+            return Err(Error::conflict(format!("VM {} is stopping", self.record.launch.name)));
+        }
         let record = match &hold {
             Hold::Frozen(frozen) => Record { frozen: *frozen, ..self.record.clone() },
             Hold::Paused => Record { paused: true, ..self.record.clone() },
