@@ -30,13 +30,16 @@ async fn a_vm_lives_in_meta(home: Home) {
     assert_eq!(meta.vm(&web.id.to_string()).await.unwrap(), web);
     let stale = meta.set_intent(web.id, Intent::Stopped, Some(9)).await.unwrap_err();
     assert_eq!(stale.kind, ErrorKind::Conflict);
-    assert_eq!(meta.set_intent(web.id, Intent::Removed, Some(1)).await.unwrap().version, 2);
+    let life = Life { expires_s: Some(9), idle_park_s: None };
+    let given = life.clone();
+    let set = meta.set_life(web.id, move |_| given.clone()).await.unwrap();
+    assert_eq!((set.life.expires_s, set.version), (Some(9), 2));
+    assert_eq!(meta.vm("web").await.unwrap(), set);
+    assert_eq!(meta.set_intent(web.id, Intent::Removed, Some(2)).await.unwrap().version, 3);
     let kept = meta.set_intent(web.id, Intent::Running, None).await.unwrap();
     assert_eq!(kept.intent, Intent::Removed, "removal is final");
-    let life = Life { expires_s: Some(9), idle_park_s: None };
-    let set = meta.set_life(web.id, move |_| life.clone()).await.unwrap();
-    assert_eq!((set.life.expires_s, set.version), (Some(9), 3));
-    assert_eq!(meta.vm("web").await.unwrap(), set);
+    let late = meta.set_life(web.id, move |_| life.clone()).await.unwrap_err();
+    assert_eq!(late.kind, ErrorKind::Conflict, "no time is given to one that goes: {late}");
     meta.forget_vm(web.id).await.unwrap();
     assert_eq!(meta.vm("web").await.unwrap_err().kind, ErrorKind::NotFound);
 }
