@@ -75,7 +75,13 @@ fn disks_come_and_go_grow_and_are_kept() {
     shell(&lab, "one", "echo other > /root/word; sync");
     assert_eq!(shell(&lab, "two", "cat /root/word; hostname"), "mine\ntwo");
     assert!(size("two") > before + (900 << 20));
-    let identity = |vm: &str| shell(&lab, vm, "cat /etc/machine-id; ls /etc/ssh/ssh_host_* 2>/dev/null | wc -l");
+    let identity = |vm: &str| {
+        shell(
+            &lab,
+            vm,
+            "until test -s /etc/machine-id; do sleep 0.1; done; cat /etc/machine-id; ls /etc/ssh/ssh_host_* 2>/dev/null | wc -l",
+        )
+    };
     let (one, two) = (identity("one"), identity("two"));
     assert!(one.ends_with("\n6") && one.len() > 32 && one[..32] != two[..32], "{one} {two}");
 

@@ -17,7 +17,9 @@ const AGENT: &str = "burgeon.agent";
 pub(crate) const COMMANDS: &str = "/sys/fs/cgroup/burgeon";
 /// Where the image's init is while it is frozen, if it has made no cgroups yet: the root cannot be frozen.
 const INIT: &str = "burgeon.init";
-const PATIENCE: Duration = Duration::from_secs(2);
+/// Where the image's init is then, or is by its own will as systemd is.
+const OF_INIT: [&str; 2] = [INIT, "init.scope"];
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Puts the agent into a cgroup of its own and makes the one of the commands.
 pub(crate) fn set_up() -> io::Result<()> {
@@ -56,10 +58,18 @@ pub(crate) fn directory(cgroup: &str) -> io::Result<OwnedFd> {
 /// What does not freeze in time is thawed again with the others.
 pub(crate) fn freeze() -> Result<(), Failure> {
     let wrong = |error: io::Error| failure(FailureKind::Unsupported, format!("cannot freeze the workload: {error}"));
-    gather_strays().and_then(|()| take_init()).map_err(wrong)?;
-    let groups = set_all(true).map_err(wrong)?;
+    // The init first, while the others run: the kernel may have it wait for one of them, as for a module's loading.
+    take_init().map_err(wrong)?;
+    let of_init: Vec<String> = OF_INIT.iter().filter(|group| set(group, true)).map(ToString::to_string).collect();
+    wait(&of_init)?;
+    gather_strays().map_err(wrong)?;
+    wait(&set_all(true).map_err(wrong)?)
+}
+
+/// Waits until all of these are still; what is frozen is thawed where they are not in time.
+fn wait(groups: &[String]) -> Result<(), Failure> {
     let until = Instant::now() + PATIENCE;
-    for group in &groups {
+    for group in groups {
         while !is_frozen(group) {
             if Instant::now() > until {
                 let _best_effort = thaw();
@@ -70,6 +80,11 @@ pub(crate) fn freeze() -> Result<(), Failure> {
         }
     }
     Ok(())
+}
+
+/// Whether there is such a group, and it is frozen or thawed from now on.
+fn set(group: &str, frozen: bool) -> bool {
+    fs::write(format!("{ROOT}/{group}/cgroup.freeze"), if frozen { "1" } else { "0" }).is_ok()
 }
 
 pub(crate) fn thaw() -> Result<(), Failure> {
@@ -103,7 +118,7 @@ fn set_all(frozen: bool) -> io::Result<Vec<String>> {
             continue;
         }
         // A group may vanish meanwhile; one without the switch holds no processes of ours to stop.
-        if fs::write(format!("{ROOT}/{name}/cgroup.freeze"), if frozen { "1" } else { "0" }).is_ok() {
+        if set(&name, frozen) {
             groups.push(name);
         }
     }
