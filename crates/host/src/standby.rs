@@ -7,8 +7,8 @@
 //! ```
 //! Emulation translates code when it runs for the first time, so a guest that has just been loaded is slow. Therefore its
 //! kernel and its agent run here, and rehearse what is going to be asked of them. The workload is frozen since before the
-//! state was captured, and stays so: who the guest is, is told with the claim. A guest that wants to write to its disk meanwhile, which no VM
-//! owns yet, is ended.
+//! state was captured, and stays so: who the guest is, is told with the claim. A guest that wants to write to its disk
+//! meanwhile, which no VM owns yet, is ended.
 //!
 //! One that waits has a directory like a VM's, with a file that says so in place of a record. At the claim QEMU's own
 //! directory is moved to the VM's. The next host process ends those that it finds.
