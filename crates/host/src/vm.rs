@@ -223,7 +223,7 @@ fn spawn(
         id: record.launch.id,
         name: record.launch.name.clone(),
         observed,
-        pid: record.process.as_ref().map(|process| process.pid),
+        pid: record.process.as_ref().filter(|_| record.ended.is_none()).map(|process| process.pid),
         accelerator: record.accelerator,
         boot: record.launch.image.boot,
         limits: record.limits.clone(),
