@@ -218,10 +218,14 @@ fn kernel_command_line(machine: &Machine) -> String {
         words.push("mitigations=off".into());
         // On a busy host the timer's first ticks come late, and the kernel would take that for a broken board and panic.
         words.push("no_timer_check".into());
+        // The emulated counters are one clock, so that no kernel thread need compare them for ever.
+        words.push("tsc=reliable".into());
         // Programs at the same addresses let QEMU use its translations again: a start of a program takes
         // half the time. Only for throw-away workers; a guest with services of its own keeps its defence.
         if machine.profile.init == Init::None {
             words.push("norandmaps".into());
+            // What only costs where nobody has set it up: accounting of pressure, and security modules that have no policy.
+            words.extend(["psi=0", "lsm=landlock,yama"].map(str::to_string));
         }
     }
     words.push(format!("burgeon.name={}", machine.name));

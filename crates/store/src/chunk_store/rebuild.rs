@@ -79,8 +79,10 @@ pub fn rebuild(
     for left in [new.clone(), beside(&new, "-wal"), beside(&new, "-shm"), beside(&new, "-journal")] {
         remove(&left)?;
     }
-    fill(&Catalog::open(&new)?)?;
-    settle(&new)?;
+    let filled = Catalog::open(&new).and_then(|catalog| fill(&catalog));
+    // Where it breaks off too: threads that still let go of the file would take the log of the next one away.
+    let settled = settle(&new);
+    filled.and(settled)?;
     replace(&file, &new)?;
     // What roots lead to beyond their first chunk is for a check of the whole to tell.
     Ok(rebuilt)

@@ -3,7 +3,7 @@
 //!
 //! Connections of the agent's network namespace are seen: those of containers with one of their own are not.
 
-use std::{collections::HashSet, fs, io, net::IpAddr};
+use std::{collections::HashSet, fs, io, net::IpAddr, os::unix::fs::FileExt};
 
 use burgeon_guest::protocol::{Failure, FailureKind};
 use rustix::{
@@ -12,7 +12,10 @@ use rustix::{
     net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink},
 };
 
-use crate::spawn::{failure, io_failure};
+use crate::{
+    files::Kept,
+    spawn::{failure, io_failure},
+};
 
 /// States of linux/tcp_states.h in which there is nobody at the other end.
 const TIME_WAIT: u8 = 6;
@@ -24,6 +27,18 @@ const SOCK_DESTROY: u16 = 21;
 const REQUEST_BYTES: usize = 72;
 
 type End = (IpAddr, u16);
+
+/// The kernel's account of sockets. Without any in use its tables, which are large, need not be walked.
+static FOUR: Kept = Kept::new("/proc/net/sockstat");
+static SIX: Kept = Kept::new("/proc/net/sockstat6");
+
+impl Kept {
+    fn has_none(&self, line: &str) -> bool {
+        let mut about = [0; 1024];
+        let length = self.file().and_then(|file| file.read_at(&mut about, 0)).unwrap_or_default();
+        String::from_utf8_lossy(&about[..length]).lines().any(|known| known.starts_with(line))
+    }
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Connection {
@@ -54,16 +69,11 @@ pub(crate) fn end_inherited(wanted: bool) -> Result<(u32, u32), Failure> {
 }
 
 fn list() -> io::Result<Vec<Connection>> {
-    // Without any socket in use the kernel's tables, which are large, need not be walked.
-    let none = |path: &str, line: &str| {
-        let about = fs::read_to_string(path).unwrap_or_default();
-        about.lines().any(|known| known.starts_with(line))
-    };
     let mut found = Vec::new();
-    if !none("/proc/net/sockstat", "TCP: inuse 0 ") {
+    if !FOUR.has_none("TCP: inuse 0 ") {
         found.extend(parse(&fs::read_to_string("/proc/net/tcp")?));
     }
-    if !none("/proc/net/sockstat6", "TCP6: inuse 0") {
+    if !SIX.has_none("TCP6: inuse 0") {
         match fs::read_to_string("/proc/net/tcp6") {
             Ok(text) => found.extend(parse(&text)),
             // A kernel without IPv6.

@@ -1,6 +1,7 @@
 //! Files of the guest: put, get, list, make directory.
 
 use std::{
+    ffi::OsString,
     fs::{DirBuilder, File, OpenOptions, Permissions},
     io::{self, Write},
     os::unix::{
@@ -8,9 +9,11 @@ use std::{
         fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt},
     },
     path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
 use burgeon_guest::protocol::{Answer, Failure, FailureKind, FileEntry, FileKind, Sequence};
+use rustix::fs::{Dir, Mode, OFlags};
 
 use crate::{
     exec::{Returns, Source},
@@ -25,6 +28,48 @@ fn path(bytes: &[u8]) -> Result<&Path, Failure> {
         return Err(failure(FailureKind::Invalid, "the path is empty or holds a NUL byte"));
     }
     Ok(Path::new(std::ffi::OsStr::from_bytes(bytes)))
+}
+
+/// Names in a directory, in any order. Without the C library's `opendir`, whose memory is new pages each time: in a guest
+/// that goes on from a captured state that is a matter of milliseconds.
+pub(crate) fn names(directory: &Path) -> io::Result<Vec<OsString>> {
+    let directory = rustix::fs::open(directory, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let mut names = Vec::new();
+    for entry in Dir::new(directory)? {
+        let name = entry?.file_name().to_bytes().to_vec();
+        if name != b"." && name != b".." {
+            names.push(OsString::from_vec(name));
+        }
+    }
+    Ok(names)
+}
+
+/// A file that stays open once it was. What a clone does not open, its kernel need not look for.
+pub(crate) struct Kept {
+    path: &'static str,
+    file: OnceLock<File>,
+}
+
+impl Kept {
+    pub(crate) const fn new(path: &'static str) -> Kept {
+        Kept { path, file: OnceLock::new() }
+    }
+
+    pub(crate) fn file(&self) -> io::Result<&File> {
+        if let Some(file) = self.file.get() {
+            return Ok(file);
+        }
+        let file = File::open(self.path)?;
+        Ok(self.file.get_or_init(|| file))
+    }
+}
+
+/// Writes a small file, over what it holds: it is as long as before most times, and then keeps its page.
+pub(crate) fn write_over(path: &str, content: &str) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(path)?;
+    let length = file.metadata()?.len();
+    file.write_all(content.as_bytes())?;
+    if length > content.len() as u64 { file.set_len(content.len() as u64) } else { Ok(()) }
 }
 
 fn shown(action: &str, path: &Path) -> String {

@@ -1,7 +1,8 @@
 //! Cgroups: the agent's own, the commands', and the freezing of everything but the agent.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Write},
     os::fd::OwnedFd,
     path::Path,
     time::{Duration, Instant},
@@ -9,7 +10,7 @@ use std::{
 
 use burgeon_guest::protocol::{Failure, FailureKind};
 
-use crate::{spawn::failure, system};
+use crate::{files::names, spawn::failure, system};
 
 const ROOT: &str = "/sys/fs/cgroup";
 const AGENT: &str = "burgeon.agent";
@@ -84,13 +85,18 @@ fn wait(groups: &[String]) -> Result<(), Failure> {
 
 /// Whether there is such a group, and it is frozen or thawed from now on.
 fn set(group: &str, frozen: bool) -> bool {
-    fs::write(format!("{ROOT}/{group}/cgroup.freeze"), if frozen { "1" } else { "0" }).is_ok()
+    let switch = fs::File::options().write(true).open(format!("{ROOT}/{group}/cgroup.freeze"));
+    switch.and_then(|mut switch| switch.write_all(if frozen { b"1" } else { b"0" })).is_ok()
 }
 
 pub(crate) fn thaw() -> Result<(), Failure> {
     let wrong = |error: io::Error| failure(FailureKind::Unsupported, format!("cannot thaw the workload: {error}"));
     set_all(false).map_err(wrong)?;
-    if init_is_in(INIT) { fs::write(format!("{ROOT}/cgroup.procs"), "1").map_err(wrong) } else { Ok(()) }
+    if !system::is_init() && init_is_in(INIT) {
+        fs::write(format!("{ROOT}/cgroup.procs"), "1").map_err(wrong)
+    } else {
+        Ok(())
+    }
 }
 
 /// Has the image's init in a cgroup that can be frozen. Until it makes one it is in the root, or in the agent's, as the
@@ -111,13 +117,12 @@ fn init_is_in(group: &str) -> bool {
 
 fn set_all(frozen: bool) -> io::Result<Vec<String>> {
     let mut groups = Vec::new();
-    for entry in fs::read_dir(ROOT)? {
-        let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if !entry.file_type()?.is_dir() || name == AGENT {
+    for name in names(Path::new(ROOT))? {
+        let name = name.to_string_lossy().into_owned();
+        if name == AGENT {
             continue;
         }
-        // A group may vanish meanwhile; one without the switch holds no processes of ours to stop.
+        // A group may vanish meanwhile; what is none, and one without the switch holds no processes of ours to stop.
         if set(&name, frozen) {
             groups.push(name);
         }

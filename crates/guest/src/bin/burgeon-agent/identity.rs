@@ -15,15 +15,18 @@ use burgeon_guest::protocol::{Answer, Failure, FailureKind, Identity, Proof, Pro
 use rustix::{
     net::{AddressFamily, SocketType},
     rand::GetRandomFlags,
-    time::ClockId,
+    time::{ClockId, Timespec},
 };
 
 use crate::{
-    connections, disk, server_keys,
+    connections, disk,
+    files::{Kept, names, write_over},
+    server_keys,
     spawn::{failure, io_failure},
     sys, system,
 };
 
+static GENERATOR: Kept = Kept::new("/dev/urandom");
 /// Programs of the image that make it another machine, in the order of their names.
 const HOOKS: &str = "/etc/burgeon/on-clone.d";
 const HOOK_PATIENCE: Duration = Duration::from_secs(10);
@@ -35,6 +38,10 @@ const COMMAND_LINE: &str = "/proc/cmdline";
 const OWN_COMMAND_LINE: &str = "/run/burgeon/cmdline";
 /// Words of it that name the machine. An init that is starting still reads them.
 const NAMES: [&str; 2] = ["burgeon.name=", "systemd.hostname="];
+/// Which clock the kernel reads. For a second after its start one that ends in "-early"; the change is work that each clone
+/// would have to do.
+const CLOCK: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+const CLOCK_PATIENCE: Duration = Duration::from_secs(3);
 const MACHINE_ID: &str = "/etc/machine-id";
 /// Where systemd's containers have their roots.
 const CONTAINERS: &str = "/var/lib/machines";
@@ -50,21 +57,49 @@ pub(crate) fn settle(generalise: bool) -> Result<Answer, Failure> {
         disk::replace_own(Path::new("/"), "")
             .map_err(|error| io_failure("cannot forget who this machine is", &error))?;
         for directory in LEASES {
-            for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
-                if entry.file_name().to_string_lossy().contains("lease") {
-                    let _gone_already = fs::remove_file(entry.path());
+            for name in names(Path::new(directory)).unwrap_or_default() {
+                if name.to_string_lossy().contains("lease") {
+                    let _gone_already = fs::remove_file(Path::new(directory).join(name));
                 }
             }
         }
     }
     rustix::fs::sync();
     if generalise {
-        // Only what saves time: a kernel without these switches is captured larger.
-        for (switch, value) in [("drop_caches", "3"), ("compact_memory", "1")] {
+        // Only what saves time and room: a kernel without these switches is captured larger. Clones share their memory
+        // for as long as their kernels leave it where it is.
+        let switches =
+            [("compaction_proactiveness", "0"), ("stat_interval", "60"), ("drop_caches", "3"), ("compact_memory", "1")];
+        for (switch, value) in switches {
             let _larger = fs::write(format!("/proc/sys/vm/{switch}"), value);
         }
+        rehearse()?;
     }
     Ok(Answer::Done)
+}
+
+/// Does before the capture what each clone is going to do: what is made once then, such as mounts and the kernel's caches,
+/// is in the state.
+fn rehearse() -> Result<(), Failure> {
+    let until = Instant::now() + CLOCK_PATIENCE;
+    while read(CLOCK).ends_with("-early") && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let mut entropy = vec![0; 64];
+    rustix::rand::getrandom(&mut entropy, GetRandomFlags::empty())
+        .map_err(|error| io_failure("cannot draw random bytes", &error.into()))?;
+    let now = rustix::time::clock_gettime(ClockId::Realtime);
+    let own = Identity {
+        entropy,
+        time_ns: nanoseconds(&now),
+        host_name: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        ..Identity::default()
+    };
+    renew(&own, &[Provision::Rehearsal, Provision::KeepSecrets]).map(drop)
+}
+
+fn nanoseconds(time: &Timespec) -> u64 {
+    u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0)
 }
 
 /// Makes this guest the one that is wanted, and shows it.
@@ -73,16 +108,16 @@ pub(crate) fn renew(wanted: &Identity, provisions: &[Provision]) -> Result<(Rece
     // First of all, so that nothing after it draws what a sibling draws.
     let entropy = wanted.entropy.first_chunk::<64>().filter(|_| wanted.entropy.len() == 64);
     let entropy = entropy.ok_or_else(|| failure(FailureKind::Invalid, "the entropy is not 64 bytes"))?;
-    let generator = fs::File::options().read(true).write(true).open("/dev/urandom");
-    generator
-        .and_then(|generator| sys::add_entropy(&generator, entropy))
+    GENERATOR
+        .file()
+        .and_then(|generator| sys::add_entropy(generator, entropy))
         .map_err(step("cannot renew the kernel's generator"))?;
     // While the addresses are still those that the other ends know.
     let (ended_connections, kept_connections) = connections::end_inherited(wanted.end_connections)?;
     system::set_clock(wanted.time_ns)?;
     system::set_host_name(&wanted.host_name)?;
     if Path::new("/etc/hostname").is_file() {
-        fs::write("/etc/hostname", format!("{}\n", wanted.host_name)).map_err(step("cannot write /etc/hostname"))?;
+        write_over("/etc/hostname", &format!("{}\n", wanted.host_name)).map_err(step("cannot write /etc/hostname"))?;
     }
     let has_ssh_server = server_keys::is_there(Path::new("/"));
     if let Some(id) = wanted.machine_id {
@@ -120,7 +155,7 @@ pub(crate) fn renew(wanted: &Identity, provisions: &[Provision]) -> Result<(Rece
         readdress(card, *address).map_err(step("cannot give a network card its address"))?;
     }
     let generation = hexadecimal(&wanted.generation);
-    fs::write(GENERATION, format!("{generation}\n")).map_err(step("cannot write the generation"))?;
+    write_over(GENERATION, &format!("{generation}\n")).map_err(step("cannot write the generation"))?;
     let is_rehearsal = provisions.contains(&Provision::Rehearsal);
     let hooks = if is_rehearsal { Vec::new() } else { run_hooks(&generation)? };
     let mut sample = [0; 16];
@@ -131,7 +166,7 @@ pub(crate) fn renew(wanted: &Identity, provisions: &[Provision]) -> Result<(Rece
     let receipt = Receipt {
         generation: wanted.generation,
         sample,
-        time_ns: u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0),
+        time_ns: nanoseconds(&now),
         host_name: uname.nodename().to_string_lossy().into_owned(),
         machine_id: read(MACHINE_ID),
         boot_id: read(BOOT_ID),
@@ -144,8 +179,8 @@ pub(crate) fn renew(wanted: &Identity, provisions: &[Provision]) -> Result<(Rece
 
 /// Gives containers below `machines` other machine ids: each that has one.
 fn new_container_ids(machines: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(machines).into_iter().flatten().flatten() {
-        let path = entry.path().join("etc/machine-id");
+    for name in names(machines).unwrap_or_default() {
+        let path = machines.join(name).join("etc/machine-id");
         // A container's own root may point anywhere: only a file of its own is written.
         let own = |path: &Path| fs::symlink_metadata(path).is_ok_and(|about| about.is_file() && about.len() > 1);
         let straight = fs::canonicalize(&path).is_ok_and(|real| real == path);
@@ -189,7 +224,7 @@ fn new_boot_id() -> io::Result<()> {
 fn lay_over(path: &str, own: &str, content: &str) -> io::Result<()> {
     // A fork of a fork has it already.
     let is_there = Path::new(own).exists();
-    fs::write(own, format!("{content}\n"))?;
+    write_over(own, &format!("{content}\n"))?;
     if !is_there {
         fs::set_permissions(own, fs::Permissions::from_mode(0o444))?;
         rustix::mount::mount_bind(own, path)?;
@@ -207,14 +242,14 @@ fn renamed(command_line: &str, name: &str) -> String {
 
 /// Ethernet cards, in the order of their indexes.
 fn cards() -> Vec<String> {
-    let mut cards: Vec<(u32, String)> = fs::read_dir("/sys/class/net")
+    let all = Path::new("/sys/class/net");
+    let mut cards: Vec<(u32, String)> = names(all)
+        .unwrap_or_default()
         .into_iter()
-        .flatten()
-        .flatten()
-        .filter(|entry| entry.path().join("device").exists())
-        .filter_map(|entry| {
-            let index = fs::read_to_string(entry.path().join("ifindex")).ok()?.trim().parse().ok()?;
-            Some((index, entry.file_name().to_string_lossy().into_owned()))
+        .filter(|name| all.join(name).join("device").exists())
+        .filter_map(|name| {
+            let index = fs::read_to_string(all.join(&name).join("ifindex")).ok()?.trim().parse().ok()?;
+            Some((index, name.to_string_lossy().into_owned()))
         })
         .collect();
     cards.sort_unstable();
@@ -236,7 +271,7 @@ fn address(card: &str) -> Option<[u8; 6]> {
 /// Runs the image's own programs. One that fails, or takes too long, fails the renewal.
 fn run_hooks(generation: &str) -> Result<Vec<(String, u64)>, Failure> {
     let mut programs: Vec<PathBuf> =
-        fs::read_dir(HOOKS).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+        names(Path::new(HOOKS)).unwrap_or_default().into_iter().map(|name| Path::new(HOOKS).join(name)).collect();
     programs.sort_unstable();
     let mut told = Vec::new();
     for program in programs {

@@ -2,7 +2,7 @@
 
 use std::{fs, io, os::unix::fs::OpenOptionsExt, path::Path};
 
-use crate::sys;
+use crate::{files::names, sys};
 
 const DIRECTORY: &str = "etc/ssh";
 const PRIVATE: &str = "etc/ssh/ssh_host_ed25519_key";
@@ -12,9 +12,10 @@ const SERVER: &str = "/run/sshd.pid";
 
 /// Removes all host keys below `root`.
 pub(crate) fn remove(root: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(root.join(DIRECTORY)).into_iter().flatten().flatten() {
-        if entry.file_name().to_string_lossy().starts_with("ssh_host_") {
-            fs::remove_file(entry.path())?;
+    let directory = root.join(DIRECTORY);
+    for name in names(&directory).unwrap_or_default() {
+        if name.to_string_lossy().starts_with("ssh_host_") {
+            fs::remove_file(directory.join(name))?;
         }
     }
     Ok(())
@@ -23,11 +24,7 @@ pub(crate) fn remove(root: &Path) -> io::Result<()> {
 /// Whether there is a server, or keys of one.
 pub(crate) fn is_there(root: &Path) -> bool {
     let has = |name: &str| name == "sshd_config" || name == "sshd_config.d" || name.starts_with("ssh_host_");
-    fs::read_dir(root.join(DIRECTORY))
-        .into_iter()
-        .flatten()
-        .flatten()
-        .any(|entry| has(&entry.file_name().to_string_lossy()))
+    names(&root.join(DIRECTORY)).unwrap_or_default().iter().any(|name| has(&name.to_string_lossy()))
 }
 
 /// Puts a key in the place of all others; the public one as it is in its file then.
