@@ -168,8 +168,12 @@ impl Machine {
         let wait = Handle::current();
         let length = self.memory().context("the machine's memory is not told")?;
         let qmp = wait.block_on(Qmp::connect(&self.directory.join("qmp.sock"), deadline()))?;
-        wait.block_on(state::pause(&qmp))?;
-        let devices = wait.block_on(Devices::save(&qmp))?;
+        let devices = wait.block_on(async {
+            let saving = Devices::prepare(&qmp).await?;
+            state::pause(&qmp).await?;
+            saving.save(&qmp).await?;
+            saving.end(&qmp).await
+        })?;
         let process = identity_of(running.child.id()).context("QEMU has ended")?;
         let guest = Guest::open(&process, wait.block_on(state::memory_address(&qmp))?, length)?;
         let base = Base::empty(length)?;

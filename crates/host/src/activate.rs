@@ -6,7 +6,8 @@
 //!   |                                      |          |
 //!   +--------------------------------------+----------+--> failed: the process is killed, the reason told
 //! ```
-//! A VM of a substrate claims a QEMU that waits for one ([`crate::standby`]), and spawns its own where none does.
+//! A VM of a substrate claims a QEMU that waits for one ([`crate::standby`]), and spawns its own where none does. So does a
+//! fork, of which the QEMU has the memory and waits for the state.
 //! Until `thaw` no instruction of the guest's workload has run. A guest whose receipt is not good is killed: two machines
 //! of one identity are worse than one fewer.
 
@@ -32,12 +33,13 @@ use tokio::{
 };
 
 use crate::{
+    console::Console,
     frozen::Frozen,
     identity::{self, IDENTITY_DEADLINE},
     plug::blocking,
     prepare,
     record::Record,
-    standby::Standby,
+    standby::{From, Standby},
     start::{self, Context, MONITOR_DEADLINE, Phases, Step, Up, connect_agent, connect_monitor},
 };
 
@@ -121,12 +123,20 @@ pub(crate) async fn bring_up(
     let room = context.room.take(launch.profile.memory)?;
     let busy = context.standbys.busy();
     let own = claim.source == launch.id;
-    let standby = match &*claim.frozen.borrow() {
-        Some(Ok(frozen)) if !own && claim.waiting.is_none() => context.standbys.claim(claim.source, launch, frozen),
+    let from = match (&*claim.frozen.borrow(), &claim.waiting) {
+        (_, Some(_)) => Some(From::Base(claim.base.clone())),
+        (Some(Ok(frozen)), None) if !own => Some(From::State(frozen.clone())),
         _ => None,
+    };
+    let standby = match from {
+        Some(from) => context.standbys.claim(claim.source, launch, &from, &context.disks.shape(launch, claim.source)?),
+        None => None,
     };
     let awaiting = Record { accelerator: claim.accelerator, receipt: None, awaits_receipt: true, ..record.clone() };
     let up = match standby {
+        Some(standby) if standby.agent.is_none() => {
+            start_waiting(context, directory, awaiting, &mut claim, standby, &mut phases).await?
+        }
         Some(mut standby) => {
             match take_over(context, directory, awaiting.clone(), &claim, &mut standby, &mut phases).await {
                 // It died by itself in the very moment, before its workload went on: another can take its place.
@@ -155,22 +165,16 @@ async fn take_over(
     standby: &mut Standby,
     phases: &mut Phases<'_>,
 ) -> Result<Up> {
-    phases.enter("claim");
-    let launch = awaiting.launch.clone();
+    let record = hand_over(context, directory, awaiting, standby, phases)?;
+    let agent = standby.agent.clone().ok_or_else(|| Error::internal("its guest has not answered"))?;
     let process = standby.guard.process.clone();
-    let limits = start::limits(context, &launch, process.identity.pid, standby.run_as);
-    let record = awaiting.of_process(process.identity.clone(), standby.run_as, limits);
-    // Written down first: a process that dies behind this line ends that QEMU, wherever its directory is.
-    record.store(directory)?;
-    phases.tell(Step::Started { record: Box::new(record.clone()) });
-    let (disks, of_launch, source) = (context.disks.clone(), launch.clone(), claim.source);
+    let (disks, of_launch, source) = (context.disks.clone(), record.launch.clone(), claim.source);
     blocking(move || disks.clone_all(&of_launch, source)).await?;
-    standby.hand_to(directory, launch.id)?;
-    context.disks.bind_all(launch.id)?;
+    context.disks.bind_all(record.launch.id)?;
     let until_it_ends = async {
         let console = start::connect_console(directory, Instant::now() + MONITOR_DEADLINE).await?;
         phases.enter("resume");
-        let (receipt, guest) = renew(context, &record, claim, &standby.qmp, &standby.agent, phases).await?;
+        let (receipt, guest) = renew(context, &record, claim, &standby.qmp, &agent, phases).await?;
         Ok((console, receipt, guest))
     };
     let (console, receipt, guest) = until_ended(&process, directory, until_it_ends).await?;
@@ -179,11 +183,50 @@ async fn take_over(
         process,
         qmp: standby.qmp.clone(),
         console: Some(console),
-        agent: Some(standby.agent.clone()),
+        agent: Some(agent),
         guest: Some(guest),
         base: Some(claim.base.clone()),
         receipt: Some(receipt),
     })
+}
+
+/// Makes a QEMU that waits the VM's.
+fn hand_over(
+    context: &Context,
+    directory: &Path,
+    awaiting: Record,
+    standby: &mut Standby,
+    phases: &mut Phases<'_>,
+) -> Result<Record> {
+    phases.enter("claim");
+    let process = standby.guard.process.identity.clone();
+    let limits = start::limits(context, &awaiting.launch, process.pid, standby.run_as);
+    let record = awaiting.of_process(process, standby.run_as, limits);
+    // Written down first: a process that dies behind this line ends that QEMU, wherever its directory is.
+    record.store(directory)?;
+    phases.tell(Step::Started { record: Box::new(record.clone()) });
+    standby.hand_to(directory, record.launch.id)?;
+    Ok(record)
+}
+
+/// By a QEMU that has the memory, and waits for the state of a fork.
+async fn start_waiting(
+    context: &Context,
+    directory: &Path,
+    awaiting: Record,
+    claim: &mut Claim,
+    mut standby: Standby,
+    phases: &mut Phases<'_>,
+) -> Result<Up> {
+    let record = hand_over(context, directory, awaiting, &mut standby, phases)?;
+    let (process, qmp) = (standby.guard.process.clone(), standby.qmp.clone());
+    let going_on = async {
+        let console = start::connect_console(directory, Instant::now() + MONITOR_DEADLINE).await?;
+        go_on(context, directory, &record, claim, process.clone(), (console, qmp), phases).await
+    };
+    let up = until_ended(&process, directory, going_on).await?;
+    standby.guard.armed = false;
+    Ok(up)
 }
 
 /// Whether a process is gone, or on its way.
@@ -231,7 +274,11 @@ async fn start_own(
         start::spawn(context, directory, awaiting, &machine, run_as, Some(memory.file().as_fd()))?;
     let process = guard.process.clone();
     phases.tell(Step::Started { record: Box::new(started.clone()) });
-    let going_on = go_on(context, directory, &started, claim, process.clone(), phases);
+    let going_on = async {
+        let (console, qmp) = connect_monitor(directory, Instant::now() + MONITOR_DEADLINE).await?;
+        state::tell_when_loaded(&qmp).await?;
+        go_on(context, directory, &started, claim, process.clone(), (console, qmp), phases).await
+    };
     let up = until_ended(&process, directory, going_on).await?;
     guard.armed = false;
     Ok(up)
@@ -243,12 +290,11 @@ async fn go_on(
     record: &Record,
     claim: &mut Claim,
     process: Arc<Process>,
+    (console, qmp): (Console, Qmp),
     phases: &mut Phases<'_>,
 ) -> Result<Up> {
     let launch = &record.launch;
     let deadline = Instant::now() + MONITOR_DEADLINE;
-    let (console, qmp) = connect_monitor(directory, deadline).await?;
-    state::tell_when_loaded(&qmp).await?;
     let memory = Guest::open(&process.identity, state::memory_address(&qmp).await?, claim.base.length())?;
     if let Some(waiting) = claim.waiting.take() {
         phases.enter("wait");

@@ -23,9 +23,9 @@ use burgeon_api::{
 use burgeon_guest::client::AgentClient;
 use burgeon_plan::fork::{Way, way};
 use burgeon_qemu::{
-    memory::{Base, Guest, Scope, bytes},
+    memory::{Base, Guest, Scope, Written, bytes},
     qmp::Qmp,
-    state::{self, Devices},
+    state::{self, Devices, Saving},
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -37,6 +37,7 @@ use crate::{
     frozen::{self, Frozen},
     plug::{Gate, blocking},
     registry::Registry,
+    standby::Seed,
     start::Context,
 };
 
@@ -144,17 +145,18 @@ impl Gate {
     ) -> Result<Captured> {
         let directory = &running.directory;
         begin_capture(directory)?;
+        let saving = Devices::prepare(running.monitor).await?;
         let begun = Instant::now();
         let captured = async {
             // One that is paused stands already, its workload frozen, and stays so.
-            let Some(agent) = running.agent else { return still(running, into, during).await };
+            let Some(agent) = running.agent else { return still(running, into, &saving, during).await };
             agent.freeze().await?;
             if end != End::GoesOn {
                 let generalise = end == End::Substrate;
                 agent.clone().with_deadline(SETTLED).settle(generalise).await?;
             }
             state::pause(running.monitor).await?;
-            let captured = still(running, into, during).await;
+            let captured = still(running, into, &saving, during).await;
             if end == End::GoesOn || captured.is_err() {
                 state::go_on(running.monitor).await?;
             }
@@ -174,8 +176,9 @@ impl Gate {
         if end == End::GoesOn || captured.is_err() {
             capture_is_over(directory);
         }
-        let (frozen, copied) = captured?;
-        Ok(Captured { frozen, stood_us, copied })
+        let devices = saving.end(running.monitor).await;
+        let (base, written, copied) = captured?;
+        Ok(Captured { frozen: Frozen { base, written, devices: devices? }, stood_us, copied })
     }
 
     /// Captures the VM and keeps that: what it is, for its owner to write down before its process ends. It stands still
@@ -314,6 +317,10 @@ impl Gate {
         };
         if frozen.written.is_none() {
             frozen.base.seal()?;
+        } else {
+            let (launch, accelerator) = (self.record.launch.clone(), self.record.accelerator);
+            let memory = Some(running.memory.clone());
+            context.standbys.forked(source, Seed { launch, accelerator, base, memory });
         }
         state_of_all.send_replace(Some(Ok(Arc::new(frozen))));
         let reasons = self.reasons(registry, &children).await;
@@ -355,8 +362,9 @@ impl Gate {
 async fn still(
     running: &Running<'_>,
     into: Into,
+    saving: &Saving,
     during: impl FnOnce() -> Result<()> + Send + 'static,
-) -> Result<(Frozen, u64)> {
+) -> Result<(Arc<Base>, Option<Written>, u64)> {
     let (memory, scope) = (running.memory.clone(), running.scope);
     let memory = blocking(move || {
         let pages = memory.pages(scope)?;
@@ -373,8 +381,9 @@ async fn still(
             }
         })
     });
-    let (devices, memory, during) = tokio::join!(Devices::save(running.monitor), memory, blocking(during));
-    let (base, written, copied) = memory?;
+    let (saved, memory, during) = tokio::join!(saving.save(running.monitor), memory, blocking(during));
+    let memory = memory?;
     during?;
-    Ok((Frozen { base, written, devices: devices? }, copied))
+    saved?;
+    Ok(memory)
 }

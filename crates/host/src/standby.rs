@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! spawn -> load -> greet -> stand --claimed--> a VM's own (crate::activate)
-//!   |       |        |        |
+//!   |  \-----------------------^  for forks: which state they take up, the fork tells
 //!   +-------+--------+--------+--> ended, and nothing is left: the next one may be better
 //! ```
 //! Emulation translates code when it runs for the first time, so a guest that has just been loaded is slow. Therefore its
@@ -14,7 +14,7 @@
 //! directory is moved to the VM's. The next host process ends those that it finds.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, VecDeque, hash_map::Entry},
     fs,
     os::fd::AsFd,
     path::{Path, PathBuf},
@@ -30,12 +30,13 @@ use burgeon_api::{
     host::{Begin, Launch, Source},
     image::Boot,
     substrate::Standbys as View,
+    vm::Accelerator,
 };
 use burgeon_guest::client::AgentClient;
 use burgeon_plan::standby::{BURST, Demand, MOST_ASKED, wanted};
 use burgeon_qemu::{
     command::file,
-    memory::Guest,
+    memory::{Base, Guest, Scope},
     process::{self, Identity, Process, RunAs, log_tail},
     qmp::Qmp,
     state,
@@ -47,7 +48,7 @@ use tokio::{
 
 use crate::{
     cgroup::Groups,
-    disks::Disks,
+    disks::{Disks, Shape},
     frozen::Frozen,
     identity,
     layout::Layout,
@@ -182,17 +183,39 @@ pub(crate) struct Standby {
     place: Place,
     pub(crate) run_as: RunAs,
     pub(crate) qmp: Qmp,
-    pub(crate) agent: AgentClient,
-    frozen: Arc<Frozen>,
+    /// Present where its guest has answered.
+    pub(crate) agent: Option<AgentClient>,
+    from: From,
+    disks: Shape,
+}
+
+/// What one that waits has taken up.
+#[derive(Clone)]
+pub(crate) enum From {
+    /// A substrate's state.
+    State(Arc<Frozen>),
+    /// The base of a VM that is forked now and then. The state comes with the fork.
+    Base(Arc<Base>),
+}
+
+impl From {
+    fn is(&self, other: &From) -> bool {
+        match (self, other) {
+            (From::State(one), From::State(other)) => Arc::ptr_eq(one, other),
+            (From::Base(one), From::Base(other)) => Arc::ptr_eq(one, other),
+            _ => false,
+        }
+    }
 }
 
 impl Standby {
     /// Whether a VM may claim it.
-    fn fits(&self, launch: &Launch, frozen: &Arc<Frozen>) -> bool {
+    fn fits(&self, launch: &Launch, from: &From, disks: &Shape) -> bool {
         let identity = &self.guard.process.identity;
         process::identity_of(identity.pid).as_ref() == Some(identity)
-            && self.agent.ended().is_none()
-            && Arc::ptr_eq(&self.frozen, frozen)
+            && self.agent.as_ref().is_none_or(|agent| agent.ended().is_none())
+            && self.from.is(from)
+            && self.disks == *disks
             && self.place.launch.profile == launch.profile
             && self.place.launch.image == launch.image
     }
@@ -212,9 +235,21 @@ impl Standby {
     }
 }
 
+/// A VM of which forks are going to be made.
+#[derive(Clone)]
+pub(crate) struct Seed {
+    pub(crate) launch: Launch,
+    pub(crate) accelerator: Accelerator,
+    pub(crate) base: Arc<Base>,
+    /// Its own. What it has written by now, its forks are going to be given.
+    pub(crate) memory: Option<Arc<Guest>>,
+}
+
 #[derive(Default)]
 struct Use {
     waiting: Vec<Standby>,
+    /// Absent for a substrate.
+    seed: Option<Arc<Seed>>,
     asked: Option<u32>,
     /// When VMs went on from it, the latest last.
     claims: VecDeque<Instant>,
@@ -234,7 +269,7 @@ impl Use {
     }
 }
 
-/// Those that wait, by substrate.
+/// Those that wait, by substrate or by the VM that is forked.
 #[derive(Default)]
 pub(crate) struct Standbys {
     of: Mutex<HashMap<VmId, Use>>,
@@ -255,7 +290,7 @@ impl Drop for Busy<'_> {
 }
 
 enum Move {
-    Make(VmId),
+    Make(VmId, Option<Arc<Seed>>),
     End(Box<Standby>),
 }
 
@@ -275,6 +310,16 @@ impl Standbys {
         self.changed.notify_one();
     }
 
+    /// A VM was forked above its base, and may be again.
+    pub(crate) fn forked(&self, source: VmId, seed: Seed) {
+        let mut of = self.of();
+        let known = of.entry(source).or_default();
+        known.touched = Some(Instant::now());
+        known.seed = Some(Arc::new(seed));
+        drop(of);
+        self.changed.notify_one();
+    }
+
     /// How many a user wants to wait for a substrate; absent: as demand has it.
     pub(crate) fn ask(&self, substrate: VmId, count: Option<u32>) {
         let mut of = self.of();
@@ -285,29 +330,34 @@ impl Standbys {
         self.changed.notify_one();
     }
 
-    /// How many wait, by substrate.
+    /// How many wait for VMs of substrates.
     pub(crate) fn all(&self) -> Vec<(VmId, View)> {
         let view = |(substrate, known): (&VmId, &Use)| {
             let waiting = u32::try_from(known.waiting.len()).unwrap_or(u32::MAX);
             let error = known.failed.as_ref().map(|(_, error)| error.clone());
             (*substrate, View { waiting, asked: known.asked, error })
         };
-        self.of().iter().map(view).collect()
+        self.of().iter().filter(|(_, known)| known.seed.is_none()).map(view).collect()
     }
 
-    /// One for a VM, if there is one.
-    pub(crate) fn claim(&self, substrate: VmId, launch: &Launch, frozen: &Arc<Frozen>) -> Option<Standby> {
+    /// One for a VM, if there is one. `disks`: those that its source has now.
+    pub(crate) fn claim(&self, source: VmId, launch: &Launch, from: &From, disks: &Shape) -> Option<Standby> {
         let mut unfit = Vec::new();
         let claimed = {
             let mut of = self.of();
-            let known = of.entry(substrate).or_default();
+            let known = match (from, of.entry(source)) {
+                (From::State(_), entry) => entry.or_default(),
+                (From::Base(_), Entry::Occupied(entry)) => entry.into_mut(),
+                // It is forked for the first time.
+                (From::Base(_), Entry::Vacant(_)) => return None,
+            };
             let now = Instant::now();
             known.claims.push_back(now);
             known.claims.drain(..known.claims.len().saturating_sub(MOST_ASKED as usize));
             known.touched = Some(now);
             loop {
                 match known.waiting.pop() {
-                    Some(standby) if standby.fits(launch, frozen) => break Some(standby),
+                    Some(standby) if standby.fits(launch, from, disks) => break Some(standby),
                     Some(standby) => unfit.push(standby),
                     None => break None,
                 }
@@ -321,6 +371,16 @@ impl Standbys {
     /// The substrate is gone.
     pub(crate) fn forget(&self, substrate: VmId) {
         let known = self.of().remove(&substrate);
+        drop(known);
+    }
+
+    /// A VM runs no more: if it was forked, what it began with is nobody's base from now on.
+    pub(crate) fn ended(&self, source: VmId) {
+        let known = {
+            let mut of = self.of();
+            let was_forked = of.get(&source).is_some_and(|known| known.seed.is_some());
+            if was_forked { of.remove(&source) } else { None }
+        };
         drop(known);
     }
 
@@ -351,7 +411,7 @@ impl Standbys {
             }
             let rests = known.failed.as_ref().is_some_and(|(failed, _)| now - *failed < AFTER_FAILURE);
             if wanted > waiting && !rests {
-                return Some(Move::Make(*substrate));
+                return Some(Move::Make(*substrate, known.seed.clone()));
             }
         }
         None
@@ -392,9 +452,12 @@ pub(crate) async fn keep(context: Arc<Context>) {
             }
             match standbys.next_move(&context) {
                 Some(Move::End(standby)) => drop(standby),
-                Some(Move::Make(substrate)) => {
-                    let made = make(&context, substrate).await;
-                    standbys.add(substrate, made);
+                Some(Move::Make(source, seed)) => {
+                    let made = match &seed {
+                        None => make_of_substrate(&context, source).await,
+                        Some(seed) => make(&context, source, seed, From::Base(seed.base.clone())).await,
+                    };
+                    standbys.add(source, made);
                 }
                 None => break,
             }
@@ -402,48 +465,73 @@ pub(crate) async fn keep(context: Arc<Context>) {
     }
 }
 
-async fn make(context: &Context, substrate: VmId) -> Result<Standby> {
+async fn make_of_substrate(context: &Context, substrate: VmId) -> Result<Standby> {
     let (record, frozen) = context.substrates.get(&context.layout, &context.qemu, &context.disks, substrate).await?;
     if record.launch.image.boot != Boot::Agent {
         return Err(Error::refused("its image has no agent"));
     }
+    let seed = Seed { launch: record.launch, accelerator: record.accelerator, base: frozen.base.clone(), memory: None };
+    make(context, substrate, &seed, From::State(frozen)).await
+}
+
+async fn make(context: &Context, source: VmId, seed: &Seed, from: From) -> Result<Standby> {
+    let begin = match from {
+        From::State(_) => Begin::Substrate,
+        From::Base(_) => Begin::Fork,
+    };
     let launch = Launch {
         id: VmId::generate(),
         name: MARKER.into(),
-        source: Some(Source { vm: substrate, snapshot: None }),
-        begin: Begin::Substrate,
-        ..record.launch
+        source: Some(Source { vm: source, snapshot: None }),
+        begin,
+        ..seed.launch.clone()
     };
     let _room_until_it_waits = context.room.take(launch.profile.memory)?;
-    let run_as = process::run_as(launch.id.uuid().as_u128(), record.accelerator);
+    let run_as = process::run_as(launch.id.uuid().as_u128(), seed.accelerator);
     let mut place = Place::make(context, launch.clone())?;
     let directory = place.directory.clone();
-    let attached = {
+    let shape = {
         let (layout, disks, launch, directory) =
             (context.layout.clone(), context.disks.clone(), launch.clone(), directory.clone());
         blocking(move || {
-            prepare::prepare_activation(&layout, &directory, &launch, substrate, run_as)?;
-            disks.serve_late(&launch, substrate, run_as.user())?;
-            disks.attached(substrate)
+            prepare::prepare_activation(&layout, &directory, &launch, source, run_as)?;
+            disks.serve_late(&launch, source, run_as.user())?;
+            disks.shape(&launch, source)
         })
         .await?
     };
-    let machine = prepare::activation(&launch, record.accelerator, attached, &frozen.base);
-    let memory = Some(frozen.base.file().as_fd());
+    let machine = prepare::activation(&launch, seed.accelerator, shape.attached.clone(), &seed.base);
+    let memory = Some(seed.base.file().as_fd());
     let (guard, _limits_are_told_with_the_vm) = start_qemu(context, &directory, &launch, &machine, run_as, memory)?;
     let process = guard.process.clone();
     place.process = Some(process.clone());
     place.write_down(&process.identity)?;
+    let come_up = async {
+        let qmp = connect_qmp(&directory, Instant::now() + MONITOR_DEADLINE).await?;
+        state::tell_when_loaded(&qmp).await?;
+        let agent = match &from {
+            From::State(frozen) => Some(greet(context, &directory, &launch, frozen, &process, &qmp).await?),
+            From::Base(base) => {
+                let memory = Guest::open(&process.identity, state::memory_address(&qmp).await?, base.length())?;
+                let (base, of_source) = (base.clone(), seed.memory.clone());
+                blocking(move || match of_source {
+                    Some(of_source) => memory.own(&of_source.pages(Scope::Written)?, &base),
+                    None => Ok(()),
+                })
+                .await?;
+                None
+            }
+        };
+        Ok((qmp, agent))
+    };
     let (qmp, agent) = tokio::select! {
-        greeted = timeout(GREETED, greet(context, &directory, &launch, &frozen, &process)) => {
-            greeted.map_err(|_| Error::deadline("its guest does not answer"))??
-        }
+        up = timeout(GREETED, come_up) => up.map_err(|_| Error::deadline("its guest does not answer"))??,
         () = process.ended() => {
             let said = log_tail(&directory.join(file::QEMU_LOG), 600);
             return Err(Error::refused(format!("QEMU ended while it took up the captured state: {said}")));
         }
     };
-    Ok(Standby { guard, place, run_as, qmp, agent, frozen })
+    Ok(Standby { guard, place, run_as, qmp, agent, from, disks: shape })
 }
 
 /// Has the guest go on until its agent has answered, and stand still again.
@@ -453,23 +541,21 @@ async fn greet(
     launch: &Launch,
     frozen: &Frozen,
     process: &Process,
-) -> Result<(Qmp, AgentClient)> {
-    let deadline = Instant::now() + MONITOR_DEADLINE;
-    let qmp = connect_qmp(directory, deadline).await?;
-    state::tell_when_loaded(&qmp).await?;
+    qmp: &Qmp,
+) -> Result<AgentClient> {
     if let Some(written) = &frozen.written {
-        let memory = Guest::open(&process.identity, state::memory_address(&qmp).await?, frozen.base.length())?;
+        let memory = Guest::open(&process.identity, state::memory_address(qmp).await?, frozen.base.length())?;
         memory.apply(written)?;
     }
-    frozen.devices.load(&qmp).await?;
+    frozen.devices.load(qmp).await?;
     // Without a name: what it is called comes with the claim.
-    let agent = connect_agent(directory, "", true, deadline).await?;
-    state::go_on(&qmp).await?;
+    let agent = connect_agent(directory, "", true, Instant::now() + MONITOR_DEADLINE).await?;
+    state::go_on(qmp).await?;
     agent.wait_ready(Instant::now() + MONITOR_DEADLINE).await?;
     identity::rehearse(&agent, launch).await?;
-    state::pause(&qmp).await?;
+    state::pause(qmp).await?;
     if context.disks.is_spoiled(launch.id) {
         return Err(Error::refused("its guest writes to its disk though its workload is frozen"));
     }
-    Ok((qmp, agent))
+    Ok(agent)
 }

@@ -586,6 +586,7 @@ impl Owner {
     fn finish(&mut self, observed: Observed) {
         self.up = None;
         self.base = None;
+        self.context.standbys.ended(self.record.launch.id);
         self.retry_at = None;
         self.disk_retry_at = None;
         self.sessions.clear();

@@ -21,6 +21,9 @@ pub const PAGE: u64 = PAGE_BYTES as u64;
 const PAGE_BYTES: usize = 4096;
 /// Pages that are moved with one call.
 const PIECE: u64 = 256 * PAGE;
+/// Less than this is not worth a thread.
+const PART: u64 = 2 << 20;
+const MOST_THREADS: usize = 4;
 
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
@@ -96,7 +99,7 @@ impl Base {
     pub fn copy_from(&self, other: &Base) -> Result<()> {
         let read = |at: u64, buffer: &mut [u8]| other.file.read_exact_at(buffer, at);
         let write = |at: u64, bytes: &[u8]| self.file.write_all_at(bytes, at);
-        other.data()?.into_iter().try_for_each(|range| copy(range, read, write))
+        copy_all(&other.data()?, read, write)
     }
 
     /// Fills a part that holds zeros, from a multiple of the page's size on; pages of zeros take no room.
@@ -138,6 +141,47 @@ fn data(file: &File) -> Result<Vec<Range<u64>>> {
         all.push(start..end);
         at = end;
     }
+}
+
+/// Copies runs of pages, by several threads where there is much of it.
+fn copy_all(
+    pages: &[Range<u64>],
+    read: impl Fn(u64, &mut [u8]) -> io::Result<()> + Sync,
+    write: impl Fn(u64, &[u8]) -> io::Result<()> + Sync,
+) -> Result<()> {
+    let copy_part = |part: &[Range<u64>]| part.iter().try_for_each(|range| copy(range.clone(), &read, &write));
+    let most = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS);
+    let count = usize::try_from(bytes(pages) / PART).unwrap_or(usize::MAX).clamp(1, most);
+    let mut parts = split(pages, count);
+    // This thread takes one, and is the only one where there is little.
+    let own = parts.pop().unwrap_or_default();
+    std::thread::scope(|scope| {
+        let others: Vec<_> = parts.iter().map(|part| scope.spawn(|| copy_part(part))).collect();
+        let done = copy_part(&own);
+        let lost = || Error::internal("a thread that copied memory has panicked");
+        others.into_iter().fold(done, |done, other| done.and(other.join().unwrap_or_else(|_| Err(lost()))))
+    })
+}
+
+/// Splits runs of pages into so many parts of about one size.
+fn split(pages: &[Range<u64>], count: usize) -> Vec<Vec<Range<u64>>> {
+    let each = bytes(pages).div_ceil(count.max(1) as u64).next_multiple_of(PAGE);
+    let mut parts = vec![Vec::new()];
+    let mut room = each;
+    for range in pages {
+        let mut at = range.start;
+        while at < range.end {
+            if room == 0 {
+                parts.push(Vec::new());
+                room = each;
+            }
+            let end = range.end.min(at + room);
+            parts.last_mut().expect("it begins with one").push(at..end);
+            room -= end - at;
+            at = end;
+        }
+    }
+    parts
 }
 
 fn copy(
@@ -229,7 +273,7 @@ impl Guest {
     /// The system's.
     pub fn fill(&self, pages: &[Range<u64>], base: &Base) -> Result<()> {
         let write = |at: u64, bytes: &[u8]| fill(&base.file, at, bytes);
-        pages.iter().try_for_each(|range| copy(range.clone(), |at, buffer| self.read(at, buffer), write))
+        copy_all(pages, |at, buffer| self.read(at, buffer), write)
     }
 
     /// Copies pages over a memory that may hold others, zeros and all.
@@ -238,7 +282,7 @@ impl Guest {
     /// The system's.
     pub fn overwrite(&self, pages: &[Range<u64>], base: &Base) -> Result<()> {
         let write = |at: u64, bytes: &[u8]| base.file.write_all_at(bytes, at);
-        pages.iter().try_for_each(|range| copy(range.clone(), |at, buffer| self.read(at, buffer), write))
+        copy_all(pages, |at, buffer| self.read(at, buffer), write)
     }
 
     /// Copies pages aside, into a memory that holds zeros.
@@ -248,6 +292,16 @@ impl Guest {
     pub fn capture(&self, pages: Vec<Range<u64>>, memory: Base) -> Result<Written> {
         self.overwrite(&pages, &memory)?;
         Ok(Written { memory, pages })
+    }
+
+    /// Has this guest own pages in which its base's content stays: what is going to be put there need not wait for room.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn own(&self, pages: &[Range<u64>], base: &Base) -> Result<()> {
+        let read = |at: u64, buffer: &mut [u8]| base.file.read_exact_at(buffer, at);
+        let write = |at: u64, bytes: &[u8]| self.memory.write_all_at(bytes, self.address + at);
+        copy_all(pages, read, write)
     }
 
     /// Puts what another guest has written into this one, which has not run yet.
@@ -260,7 +314,7 @@ impl Guest {
         }
         let read = |at: u64, buffer: &mut [u8]| written.memory.file.read_exact_at(buffer, at);
         let write = |at: u64, bytes: &[u8]| self.memory.write_all_at(bytes, self.address + at);
-        written.pages.iter().try_for_each(|range| copy(range.clone(), read, write))
+        copy_all(&written.pages, read, write)
     }
 }
 
@@ -311,6 +365,17 @@ mod tests {
     }
 
     #[test]
+    fn parts_are_of_one_size_and_lose_nothing() {
+        let runs =
+            |numbers: &[(u64, u64)]| numbers.iter().map(|(start, end)| start * PAGE..end * PAGE).collect::<Vec<_>>();
+        let pages = runs(&[(0, 3), (8, 9), (10, 16), (20, 22)]);
+        let parts = [runs(&[(0, 3), (8, 9)]), runs(&[(10, 14)]), runs(&[(14, 16), (20, 22)])];
+        assert_eq!(split(&pages, 3), parts);
+        assert_eq!(split(&pages, 1), [pages]);
+        assert_eq!(split(&[], 2), [Vec::new()]);
+    }
+
+    #[test]
     fn a_sealed_base_cannot_be_changed_and_zeros_take_no_room() {
         let base = Base::empty(64 * PAGE).unwrap();
         base.fill(3 * PAGE, &[7; 100]).unwrap();
@@ -353,6 +418,14 @@ mod tests {
         of_source[5 * 4096..7 * 4096].fill(9);
         let own = identity_of(std::process::id()).unwrap();
         let open = |at: *mut std::ffi::c_void| Guest::open(&own, at as u64, length).unwrap();
+        // Pages that are owned ahead hold what the base holds.
+        let ahead = map();
+        let owned = [2 * PAGE..3 * PAGE, 5 * PAGE..6 * PAGE];
+        open(ahead).own(&owned, &base).unwrap();
+        assert_eq!(open(ahead).pages(Scope::Written).unwrap(), owned);
+        // SAFETY: the mapping is of `size` bytes, and nobody writes it any more.
+        let of_ahead = unsafe { std::slice::from_raw_parts(ahead.cast::<u8>(), size) };
+        assert_eq!((of_ahead[2 * 4096], of_ahead[5 * 4096]), (1, 0));
         let guest = open(source);
         let pages = guest.pages(Scope::Written).unwrap();
         assert_eq!(pages, [2 * PAGE..3 * PAGE, 5 * PAGE..7 * PAGE]);
@@ -379,6 +452,7 @@ mod tests {
         unsafe {
             munmap(source, size).unwrap();
             munmap(child, size).unwrap();
+            munmap(ahead, size).unwrap();
         }
     }
 }

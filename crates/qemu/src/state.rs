@@ -14,8 +14,6 @@ use crate::qmp::Qmp;
 
 /// How long loading may take. It is a matter of milliseconds.
 const LOADED: Duration = Duration::from_secs(20);
-/// Any number: each descriptor is taken back before the next is given.
-const SET: u32 = 7;
 /// QEMU's name for a descriptor that it is given.
 const NAME: &str = "state";
 
@@ -55,19 +53,16 @@ impl Devices {
         opened.map_err(|error| Error::io("open the devices' state", &error))
     }
 
-    /// Saves the state of a machine that is paused.
+    /// Gives QEMU the place that it is going to save the state to. Ahead, because while a machine stands each word to QEMU
+    /// counts.
     ///
     /// # Errors
-    /// QEMU's, with the device that cannot be saved.
-    pub async fn save(qmp: &Qmp) -> Result<Devices> {
+    /// QEMU's.
+    pub async fn prepare(qmp: &Qmp) -> Result<Saving> {
         let devices = Devices::empty()?;
         let file = devices.open(true)?;
-        let given = qmp.execute_with("add-fd", json!({"fdset-id": SET}), Some(file.into()), LOADED).await?;
-        let name = format!("/dev/fdset/{SET}");
-        // Not live: else QEMU gives its disks away, as before a migration.
-        let saved = qmp.execute("xen-save-devices-state", json!({"filename": name, "live": false})).await;
-        qmp.execute("remove-fd", json!({"fdset-id": SET, "fd": given["fd"]})).await?;
-        saved.map(|_| devices)
+        let given = qmp.execute_with("add-fd", Value::Null, Some(file.into()), LOADED).await?;
+        Ok(Saving { devices, set: given["fdset-id"].clone() })
     }
 
     /// Loads the state into a machine that was started for it. It stays paused.
@@ -94,6 +89,34 @@ impl Devices {
             }
         };
         timeout(LOADED, loaded).await.map_err(|_| Error::deadline("the devices' state was not loaded in time"))?
+    }
+}
+
+/// The state of devices, on its way to memory.
+#[derive(Debug)]
+pub struct Saving {
+    devices: Devices,
+    set: Value,
+}
+
+impl Saving {
+    /// Saves the state of a machine that is paused.
+    ///
+    /// # Errors
+    /// QEMU's, with the device that cannot be saved.
+    pub async fn save(&self, qmp: &Qmp) -> Result<()> {
+        let name = format!("/dev/fdset/{}", self.set);
+        // Not live: else QEMU gives its disks away, as before a migration.
+        qmp.execute("xen-save-devices-state", json!({"filename": name, "live": false})).await.map(drop)
+    }
+
+    /// Takes the place back, whether the state was saved or not.
+    ///
+    /// # Errors
+    /// QEMU's.
+    pub async fn end(self, qmp: &Qmp) -> Result<Devices> {
+        qmp.execute("remove-fd", json!({"fdset-id": self.set})).await?;
+        Ok(self.devices)
     }
 }
 

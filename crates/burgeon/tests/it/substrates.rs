@@ -194,6 +194,47 @@ fn vms_begin_at_once_where_qemus_wait() {
 }
 
 #[test]
+fn forks_take_the_qemus_that_wait_for_them() {
+    let lab = Lab::new(&["tiny"]);
+    lab.run(&["substrate", "create", "base", "--image", "tiny", "-p", "tiny"]).good();
+    lab.run(&["substrate", "dock", "base", "0"]).good();
+    lab.run(&["vm", "create", "-s", "base", "--name", "a"]).good();
+    lab.said("a", "echo one > /tmp/x; dd if=/dev/urandom of=/tmp/much bs=64k count=64 2>/dev/null");
+    // The first fork shows that there may be more.
+    assert!(lab.standbys().is_empty());
+    lab.run(&["fork", "a", "--name", "b"]).good();
+    lab.said("a", "echo two > /tmp/x; rm /tmp/much");
+    // One that is there may not wait yet.
+    until("a fork takes one that waits", || {
+        let waiting = lab.standbys();
+        lab.run(&["fork", "a", "--name", "c"]).good();
+        let phases = lab.json(&["vm", "show", "c"])["on_host"]["start_times"].clone();
+        let claimed = phases[1]["phase"] == "claim";
+        assert_eq!(claimed, waiting.contains(&lab.pid_of_vm("c")), "{phases}");
+        claimed || lab.run(&["vm", "rm", "c"]).code != 0
+    });
+    assert_eq!(lab.said("b", "cat /tmp/x; test -e /tmp/much; echo $?; hostname"), "one\n0\nb");
+    assert_eq!(lab.said("c", "cat /tmp/x; test -e /tmp/much; echo $?; hostname"), "two\n1\nc");
+    assert_ne!(lab.receipt("b")["sample"], lab.receipt("c")["sample"]);
+    // Another machine than those that wait: with one disk more.
+    until("others wait", || !lab.standbys().is_empty());
+    let waiting = lab.standbys();
+    lab.run(&["vm", "disk", "attach", "a", "data", "--size", "16M"]).good();
+    lab.run(&["fork", "a", "--name", "d"]).good();
+    assert!(!waiting.contains(&lab.pid_of_vm("d")));
+    assert_eq!(lab.said("d", "cat /tmp/x"), "two");
+    // They end with whom they were to be forks of, and with the host process.
+    until("others wait", || !lab.standbys().is_empty());
+    let waiting = lab.standbys();
+    kill(lab.pid("host"), "KILL");
+    until("a is found again", || lab.run(&["exec", "a", "true"]).code == 0);
+    until("the old ones have ended", || waiting.iter().all(|pid| !is_running(*pid)));
+    lab.run(&["fork", "c", "--name", "e"]).good();
+    lab.run(&["vm", "rm", "a", "b", "c", "d", "e"]).good();
+    until("no QEMU is left", || lab.qemus().is_empty() && lab.standbys().is_empty());
+}
+
+#[test]
 fn a_fork_of_a_debian_guest_has_its_own_disk_and_names() {
     let lab = Lab::new(&["debian-minimal"]);
     lab.vm("debian-minimal", "web", "default");

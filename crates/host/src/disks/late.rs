@@ -15,7 +15,7 @@ use burgeon_api::{Result, VmId, disk::ROOT, host::Launch};
 use burgeon_qemu::nbd::Export;
 use burgeon_store::{ChunkId, catalog::NewRoot, disk::Disk};
 
-use super::{Disks, Key, MEMORY, Served, attached, lock, new_root, root};
+use super::{Attached, Disks, Key, MEMORY, Served, attached, lock, new_root, root};
 
 pub(crate) struct Late {
     before: Arc<Disk>,
@@ -87,7 +87,22 @@ impl Export for Late {
     }
 }
 
+/// What a QEMU that waits for a state must know of the disks that it has open: where they are plugged in, and how large
+/// they were.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Shape {
+    pub(crate) attached: Vec<Attached>,
+    sizes: Vec<u64>,
+}
+
 impl Disks {
+    /// Of the disks that VMs get which go on from `source`.
+    pub(crate) fn shape(&self, launch: &Launch, source: VmId) -> Result<Shape> {
+        let names = self.in_use(launch, source)?;
+        let sizes = names.into_iter().map(|name| Ok(self.disk(&(source, name))?.size())).collect::<Result<_>>()?;
+        Ok(Shape { attached: self.attached(source)?, sizes })
+    }
+
     /// Seals the disks that a VM has plugged in, so that all of what they hold now lies below what is written later.
     pub(crate) fn seal_all(&self, id: VmId) -> Result<()> {
         let names = self.names(id);

@@ -33,6 +33,7 @@ use burgeon_store::{
 };
 pub(crate) use handover::Sealed;
 use late::Late;
+pub(crate) use late::Shape;
 pub(crate) use verbs::Begin;
 
 use crate::{layout::Layout, prepare};
