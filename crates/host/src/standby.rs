@@ -169,7 +169,7 @@ impl Drop for Place {
             // QEMU goes first, so that nothing asks for its disks any more. One that was handed over stays.
             if let Some(process) = process.filter(|_| !handed) {
                 process.ended().await;
-                drop(process.reap());
+                let _how = process.reap();
             }
             drop(tokio::task::spawn_blocking(clean_up).await);
         });

@@ -325,7 +325,7 @@ impl Drop for KillUnlessUp {
             // Taken off the process table once it has died.
             tokio::spawn(async move {
                 process.ended().await;
-                drop(process.reap());
+                let _how = process.reap();
             });
         }
     }

@@ -33,7 +33,11 @@ use burgeon_api::{
     vm::{Accelerator, HostVm, Observed},
 };
 use burgeon_guest::{client::AgentClient, protocol::StopHow};
-use burgeon_qemu::{memory::Base, process::Process, qmp::Event};
+use burgeon_qemu::{
+    memory::Base,
+    process::{End, Process},
+    qmp::Event,
+};
 pub(crate) use hold::{Hold, is_paused};
 use serde_json::Value;
 use tokio::{
@@ -574,9 +578,17 @@ impl Owner {
             (false, None, status) => {
                 let log =
                     burgeon_qemu::process::log_tail(&self.directory.join(burgeon_qemu::command::file::QEMU_LOG), 400);
-                let how = status.unwrap_or_else(|| "no exit status to be had".into());
+                let how = status.as_ref().map_or_else(|| "no exit status to be had".into(), ToString::to_string);
                 let log = if log.is_empty() { log } else { format!("; QEMU said: {log}") };
-                Observed::Failed { reason: format!("QEMU ended unasked ({how}){log}") }
+                let launch = &self.record.launch;
+                let what = if launch.begin.is_activation() && status.as_ref().is_some_and(End::is_of_lost_memory) {
+                    // Others come from the store again, where each read is verified.
+                    launch.source.iter().for_each(|source| self.context.substrates.forget(source.vm));
+                    "substrate damaged: the memory that this VM began with cannot be read any more; QEMU ended"
+                } else {
+                    "QEMU ended unasked"
+                };
+                Observed::Failed { reason: format!("{what} ({how}){log}") }
             }
         };
         self.finish(observed);
@@ -722,7 +734,7 @@ impl Owner {
         self.kill();
         if let Some(up) = self.up.take() {
             up.process.ended().await;
-            drop(up.process.reap());
+            let _how = up.process.reap();
         }
         self.monitor = None;
     }

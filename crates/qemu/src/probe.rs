@@ -165,6 +165,6 @@ async fn guest_speaks(qemu: &Qemu, directory: &Path) -> Result<Duration> {
     };
     process.kill();
     process.ended().await;
-    drop(process.reap());
+    let _how = process.reap();
     outcome
 }

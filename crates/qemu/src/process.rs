@@ -103,22 +103,42 @@ impl Process {
         }
     }
 
-    /// The exit status in words, where the process was our child; takes it off the process table.
-    pub fn reap(&self) -> Option<String> {
+    /// How it has ended, where the process was our child; takes it off the process table.
+    pub fn reap(&self) -> Option<End> {
         let status = rustix::process::waitid(
             WaitId::PidFd(self.pidfd.get_ref().as_fd()),
             WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
         )
         .ok()??;
-        if let Some(code) = status.exit_status() {
-            return Some(format!("exit code {code}"));
-        }
-        status.terminating_signal().map(|signal| format!("signal {signal}"))
+        status.exit_status().map(End::Code).or_else(|| status.terminating_signal().map(End::Signal))
     }
 
     pub fn kill(&self) {
         if let Err(error) = rustix::process::pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL) {
             tracing::debug!(%error, pid = self.identity.pid, "the process had ended already");
+        }
+    }
+}
+
+/// How a process has ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    Code(i32),
+    Signal(i32),
+}
+
+impl End {
+    /// Whether it met memory that is there no more: of a file that was cut short, or that the machine cannot read.
+    pub fn is_of_lost_memory(&self) -> bool {
+        *self == End::Signal(Signal::BUS.as_raw())
+    }
+}
+
+impl std::fmt::Display for End {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            End::Code(code) => write!(out, "exit code {code}"),
+            End::Signal(signal) => write!(out, "signal {signal}"),
         }
     }
 }
@@ -277,7 +297,7 @@ mod tests {
         let process = Process::hold(&identity).unwrap();
         process.kill();
         tokio::time::timeout(Duration::from_secs(10), process.ended()).await.unwrap();
-        assert_eq!(process.reap().as_deref(), Some("signal 9"));
+        assert_eq!(process.reap(), Some(End::Signal(9)));
         assert!(Process::hold(&identity).is_err());
     }
 }

@@ -195,6 +195,7 @@ pub(crate) fn kill(pid: u32, signal: &str) {
 pub(crate) fn send(pid: u32, signal: &str) -> rustix::io::Result<()> {
     let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
     let signal = match signal {
+        "BUS" => rustix::process::Signal::BUS,
         "INT" => rustix::process::Signal::INT,
         "STOP" => rustix::process::Signal::STOP,
         _ => rustix::process::Signal::KILL,

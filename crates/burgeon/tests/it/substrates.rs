@@ -339,6 +339,13 @@ fn a_guest_that_cannot_be_renewed_does_not_go_on() {
     lab.run(&["fork", "one", "--name", "two"]).good();
     assert_eq!(lab.receipt("two")["generation"], lab.said("two", "cat /tmp/told").as_str());
 
+    // Memory that the machine cannot read any more is told as that, and the next one has it from the store.
+    lab.run(&["vm", "create", "-s", "hooked", "--name", "three"]).good();
+    kill(lab.pid_of_vm("three"), "BUS");
+    until("its end is told", || lab.run(&["vm", "show", "three"]).stdout.contains("substrate damaged"));
+    lab.run(&["vm", "create", "-s", "hooked", "--name", "four"]).good();
+    lab.run(&["vm", "rm", "three", "four"]).good();
+
     // A state that was damaged or cut short is refused before anything starts.
     let substrate = std::fs::read_dir(lab.data().join("vms"))
         .unwrap()
