@@ -25,6 +25,7 @@ use crate::{
     record::Record,
     registry::Registry,
     session::Attachment,
+    snapshots,
     start::Context,
     vm::{Command, Hold, VmHandle},
 };
@@ -196,6 +197,30 @@ impl Connection {
             Request::Standbys => reply(stream, &Reply::Standbys(self.context.standbys.all())).await,
             Request::Park { vm } => {
                 self.park(vm).await?;
+                reply(stream, &Reply::Done).await
+            }
+            Request::Snapshot { vm, request, name } => {
+                let gate = self.ask_vm(vm, |reply| Command::GateOfKept { reply }).await??;
+                let snapshot = gate.snapshot(&self.context, request, name).await?;
+                reply(stream, &Reply::Snapshot(Box::new(snapshot))).await
+            }
+            Request::Snapshots { vm } => {
+                let directory = self.registry.get(vm).await?.directory;
+                let all = blocking(move || snapshots::list(&directory)).await?;
+                reply(stream, &Reply::Snapshots(all.into_iter().map(|snapshot| snapshot.about).collect())).await
+            }
+            Request::RemoveSnapshot { vm, snapshot } => {
+                let _gate = self.ask_vm(vm, |reply| Command::GateOfKept { reply }).await??;
+                let (directory, disks) = (self.registry.get(vm).await?.directory, self.context.disks.clone());
+                blocking(move || {
+                    snapshots::remove(&directory, &snapshot)?;
+                    disks.let_snapshot_go(vm, &snapshot)
+                })
+                .await?;
+                reply(stream, &Reply::Done).await
+            }
+            Request::RollBack { vm, starts, snapshot } => {
+                self.ask_vm(vm, |done| Command::RollBack { starts, snapshot, done }).await??;
                 reply(stream, &Reply::Done).await
             }
             Request::GiveUp { vm, reason } => {

@@ -16,6 +16,7 @@
 //! Nothing else writes the VM's record or talks to its QEMU. Requests come by [`VmHandle`].
 
 mod hold;
+mod rollback;
 
 use std::{
     collections::HashMap,
@@ -50,6 +51,7 @@ use crate::{
     prepare::Disk,
     record::Record,
     session::{self, Attachment},
+    snapshots,
     start::{self, Context, Step, Up, group_name},
 };
 
@@ -70,6 +72,12 @@ pub(crate) enum Command {
     /// Start a VM that has stopped once more, unless this number was begun.
     Start {
         starts: u32,
+        done: oneshot::Sender<Result<()>>,
+    },
+    /// Has it go on from a snapshot of it, unless this number was begun.
+    RollBack {
+        starts: u32,
+        snapshot: String,
         done: oneshot::Sender<Result<()>>,
     },
     Remove {
@@ -93,6 +101,10 @@ pub(crate) enum Command {
     },
     /// The right to change the VM's disks, and to capture it, given to one at a time.
     Gate {
+        reply: oneshot::Sender<Result<Gate>>,
+    },
+    /// The same, of a VM that may be parked: for who changes nothing that fits what is kept of it.
+    GateOfKept {
         reply: oneshot::Sender<Result<Gate>>,
     },
     /// It is captured, as a substrate or to be parked: its process ends. From whom has the gate.
@@ -178,6 +190,7 @@ pub(crate) fn launch(
         receipt: None,
         awaits_receipt: false,
         docked: None,
+        rolling_back: None,
         standbys: None,
         frozen: false,
         paused: false,
@@ -201,6 +214,11 @@ pub(crate) fn resume(
             let observed = Observed::Unknown { reason: "being found again after a restart of the host process".into() };
             spawn(context, directory, record, observed, changes, Begin::Adopt(process))
         }
+        // How far it had come with that does not matter: it begins once more.
+        Err(_) if record.rolling_back.is_some() && record.ended.is_none() => {
+            let observed = Observed::Starting { phase: "queued".into() };
+            spawn(context, directory, record, observed, changes, Begin::RollBack)
+        }
         Err(ended) => spawn(context, directory, record, ended, changes, Begin::Ended),
     }
 }
@@ -208,6 +226,7 @@ pub(crate) fn resume(
 enum Begin {
     Launch(Option<Claim>),
     Adopt(Arc<Process>),
+    RollBack,
     Ended,
 }
 
@@ -235,6 +254,7 @@ fn spawn(
         starts: record.starts,
         receipt: record.receipt.clone(),
         docked: record.docked.clone(),
+        snapshots: 0,
     };
     let (commands, receiver) = mpsc::channel(64);
     let (view, view_receiver) = watch::channel(first.clone());
@@ -244,6 +264,7 @@ fn spawn(
     let starting = match begin {
         Begin::Launch(claim) => Some(bring_up(&context, &directory, &record, Disk::New, claim, step_sender)),
         Begin::Adopt(process) => Some(adopt(&context, directory.clone(), record.clone(), process)),
+        Begin::RollBack => Some(bring_up(&context, &directory, &record, Disk::Kept, None, step_sender)),
         Begin::Ended => None,
     };
     if record.standbys.is_some() {
@@ -290,10 +311,14 @@ fn bring_up(
         };
         let claim = match (claim, record.launch.begin) {
             (Some(claim), _) => Some(claim),
+            _ if record.rolling_back.is_some() => Some(rollback::claim(&context, &record).await?),
             _ if record.docked.is_some() => Some(Claim::of_parked(&context, &record).await?),
             // A VM that has stopped boots from its disk, however it began.
             _ if disk == Disk::Kept => None,
             (None, burgeon_api::host::Begin::Substrate) => Some(Claim::of_substrate(&context, &record.launch).await?),
+            (None, burgeon_api::host::Begin::Snapshot) => {
+                Some(Claim::of_snapshot_of_other(&context, &record.launch).await?)
+            }
             (None, burgeon_api::host::Begin::Fork) => {
                 return Err(Error::unavailable("the instant that it was to go on from is gone"));
             }
@@ -425,6 +450,7 @@ impl Owner {
                 if let Some(receipt) = up.receipt.clone() {
                     self.record.receipt = Some(receipt);
                     self.record.awaits_receipt = false;
+                    self.record.rolling_back = None;
                     // Before anybody is told that it runs: the next host process ends one without.
                     self.store();
                     self.forget_kept();
@@ -457,7 +483,7 @@ impl Owner {
                 }
             }
             // What is kept of it is as it was.
-            Err(error) if self.record.docked.is_some() => {
+            Err(error) if self.record.goes_on() => {
                 self.finish(Observed::Parked { reason: format!("it could not go on: {error}") });
             }
             // Its disk is its own, and it may boot from that.
@@ -584,18 +610,11 @@ impl Owner {
 
     /// The VM is over, one way or the other.
     fn finish(&mut self, observed: Observed) {
-        self.up = None;
-        self.base = None;
-        self.retry_at = None;
-        self.disk_retry_at = None;
-        self.sessions.clear();
         if let Some(process) = self.held() {
             // A failed start: nothing of it may stay behind.
             process.kill();
         }
-        // Their only client is gone, so this takes no time.
-        self.context.disks.close_all(self.record.launch.id);
-        self.context.groups.remove(&group_name(&self.record.launch));
+        self.let_go();
         self.record.ended = Some(observed.clone());
         // Nobody could resume it.
         self.record.paused = false;
@@ -609,6 +628,18 @@ impl Owner {
                 drop(done.send(Ok(())));
             }
         }
+    }
+
+    /// Lets go of all that belongs to a process that is gone.
+    fn let_go(&mut self) {
+        self.up = None;
+        self.base = None;
+        self.retry_at = None;
+        self.disk_retry_at = None;
+        self.sessions.clear();
+        // Their only client is gone, so this takes no time.
+        self.context.disks.close_all(self.record.launch.id);
+        self.context.groups.remove(&group_name(&self.record.launch));
     }
 
     fn store(&self) {
@@ -650,6 +681,10 @@ impl Owner {
         match command {
             Command::Stop { mode, done } => self.stop(mode, done).await,
             Command::Start { starts, done } => drop(done.send(self.start_again(starts))),
+            Command::RollBack { starts, snapshot, done } => {
+                let outcome = self.roll_back(starts, &snapshot).await;
+                drop(done.send(outcome));
+            }
             Command::Remove { done } => {
                 self.removing = Some(done);
                 self.kill();
@@ -671,7 +706,8 @@ impl Owner {
                 self.sessions.clear();
                 drop(done.send(Ok(())));
             }
-            Command::Gate { reply } => drop(reply.send(self.gate())),
+            Command::Gate { reply } => drop(reply.send(self.gate(false))),
+            Command::GateOfKept { reply } => drop(reply.send(self.gate(true))),
             Command::Docked { docked, observed, done } => {
                 let outcome = self.dock(*docked, observed).await;
                 drop(done.send(outcome));
@@ -726,14 +762,19 @@ impl Owner {
         self.monitor = None;
     }
 
-    fn gate(&self) -> Result<Gate> {
+    fn gate(&self, of_kept: bool) -> Result<Gate> {
         let (name, observed) = (&self.record.launch.name, self.view.borrow().observed.clone());
         if observed == Observed::Docked {
             return Err(Error::conflict(format!("{name} is a substrate: others go on from it as it is"))
                 .with_hint(format!("make a VM of it: burgeon vm create --substrate {name}")));
         }
-        let is_over = matches!(observed, Observed::Stopped { .. } | Observed::Failed { .. });
-        if matches!(observed, Observed::Parked { .. }) {
+        if let Some(snapshot) = self.record.rolling_back.as_ref().filter(|_| self.up.is_none()) {
+            return Err(Error::conflict(format!("VM {name} is to go on from snapshot {snapshot}, and has not yet"))
+                .with_hint(format!("let it go on first: burgeon vm start {name}")));
+        }
+        let is_parked = matches!(observed, Observed::Parked { .. });
+        let is_over = is_parked || matches!(observed, Observed::Stopped { .. } | Observed::Failed { .. });
+        if is_parked && !of_kept {
             return Err(Error::conflict(format!("VM {name} is parked, and its memory fits its disks as they are"))
                 .with_hint(format!("let it go on first: burgeon vm start {name}")));
         }
@@ -770,12 +811,12 @@ impl Owner {
             let (name, observed) = (&self.record.launch.name, observed.name());
             return Err(Error::conflict(format!("VM {name} is {observed}: only one that has stopped can be started")));
         }
-        let Ok(_gate) = self.gate.try_lock() else {
+        let Ok(_gate) = self.gate.clone().try_lock_owned() else {
             let name = &self.record.launch.name;
             return Err(Error::conflict(format!("the disks of VM {name} are being changed")));
         };
         // One that boots is nobody's copy any more; one that goes on gets a new receipt.
-        let receipt = self.record.receipt.clone().filter(|_| self.record.docked.is_some());
+        let receipt = self.record.receipt.clone().filter(|_| self.record.goes_on());
         let record = Record {
             starts,
             receipt,
@@ -783,13 +824,19 @@ impl Owner {
             user: None,
             limits: Vec::new(),
             awaits_receipt: false,
-            frozen: self.record.frozen && self.record.docked.is_some(),
+            frozen: self.record.frozen && self.record.goes_on(),
             paused: false,
             ended: None,
             ..self.record.clone()
         };
         record.store(&self.directory)?;
         self.record = record;
+        self.begin_again();
+        Ok(())
+    }
+
+    /// Brings it up as its record says, which is written down.
+    fn begin_again(&mut self) {
         self.guest_reason = None;
         let (sender, steps) = mpsc::unbounded_channel();
         self.steps = steps;
@@ -799,7 +846,6 @@ impl Owner {
             view.guest = None;
             view.start_times = Vec::new();
         });
-        Ok(())
     }
 
     async fn stop(&mut self, mode: StopMode, done: oneshot::Sender<Result<()>>) {
@@ -925,8 +971,10 @@ async fn channel_ended(agent: &AgentClient) -> Error {
     error
 }
 
-/// Adds the figures that the host's kernel keeps of a VM's process.
-pub(crate) fn with_figures(mut view: HostVm) -> HostVm {
+/// Adds the figures that the host's kernel keeps of a VM's process, and how many snapshots its directory has.
+pub(crate) fn with_figures(mut view: HostVm, directory: &Path) -> HostVm {
+    let snapshots = snapshots::names(directory).map_or(0, |names| names.len());
+    view.snapshots = u32::try_from(snapshots).unwrap_or(u32::MAX);
     if let Some(pid) = view.pid {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         view.resident = status
