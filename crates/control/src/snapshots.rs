@@ -6,7 +6,11 @@ use burgeon_api::{
     vm::{Observed, VmView},
 };
 use burgeon_plan::{snapshot::check_rollback, vm::is_over};
-use burgeon_store::{meta::VmRow, rollback::RollBack};
+use burgeon_store::{
+    meta::VmRow,
+    rollback::RollBack,
+    steps::{Step, reached},
+};
 use tokio::time::timeout;
 
 use crate::{
@@ -44,6 +48,9 @@ pub(crate) async fn find(state: &State, row: &VmRow, name: Option<&str>) -> Resu
 pub(crate) async fn roll_back(state: &Shared, vm: String, request: RollBackVm) -> Result<VmView> {
     let row = state.meta.vm(&vm).await?;
     let (id, name) = (row.id, row.name.clone());
+    // Meanwhile it is not parked.
+    let _in_use = state.uses.begin(id);
+    state.uses.settled(id).await;
     let is_known = row.rollback.as_ref().is_some_and(|rollback| rollback.request == request.id);
     let wanted = if is_known {
         row.starts
@@ -86,6 +93,7 @@ async fn want(state: &Shared, row: VmRow, rollback: RollBack) -> Result<u32> {
     let asked = async {
         let row = state.meta.start_again(row, Some(rollback)).await?;
         let starts = row.starts;
+        reached(Step::RollbackWanted);
         match ask(state, row, starts, snapshot).await {
             // It is asked again, until it answers.
             Err(error) if is_away(&error) => Ok(starts),

@@ -165,8 +165,7 @@ fn look_for(directory: &Path, mut record: Record) -> (Record, Result<Arc<Process
         for process in known.into_iter().flatten().filter_map(|process| Process::hold(&process).ok()) {
             process.kill();
         }
-        let reason = "the host process ended before it had gone on from its snapshot".to_string();
-        return (record, Err(Observed::Parked { reason }));
+        return (record, Err(Observed::Starting { phase: "queued".into() }));
     }
     if record.docked.is_some() {
         // It had not gone on: what is kept of it is as it was.

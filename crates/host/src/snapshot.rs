@@ -57,7 +57,7 @@ impl Gate {
         let held: Held = Arc::new(disks.hold_all(launch)?);
         let taken_s = (store_source().now_us)() / 1_000_000;
         let kept = async {
-            let begun = snapshots::begin(&vm, &name)?;
+            let begun = snapshots::begin(&vm, request)?;
             let docked = match &self.record.docked {
                 Some(docked) if self.monitor.is_none() => {
                     self.share(context, &begun, &name, docked, held.clone()).await?
@@ -77,7 +77,7 @@ impl Gate {
         if kept.is_err() {
             let (disks, id) = (disks.clone(), launch.id);
             blocking(move || {
-                snapshots::discard(&vm, &name);
+                snapshots::discard(&vm, request);
                 disks.let_snapshot_go(id, &name)
             })
             .await?;

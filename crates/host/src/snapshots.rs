@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use burgeon_api::{Error, Result, host::Launch, snapshot::VmSnapshot};
+use burgeon_api::{Error, RequestId, Result, host::Launch, snapshot::VmSnapshot};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -124,10 +124,20 @@ pub(crate) fn find(vm: &Path, name: &str) -> Result<Snapshot> {
         .with_hint("burgeon vm snapshots VM lists what there is"))
 }
 
+/// Where the snapshot of a request is made.
+fn unfinished(vm: &Path, request: RequestId) -> PathBuf {
+    place(vm, &format!("{UNFINISHED}new-{request}"))
+}
+
+/// Whether the snapshot of a request is just being made.
+pub(crate) fn is_begun(vm: &Path, request: RequestId) -> bool {
+    unfinished(vm, request).exists()
+}
+
 /// A directory for a snapshot that is being made.
-pub(crate) fn begin(vm: &Path, name: &str) -> Result<PathBuf> {
+pub(crate) fn begin(vm: &Path, request: RequestId) -> Result<PathBuf> {
     let failed = |error: io::Error| Error::io("make a snapshot's directory", &error);
-    let directory = place(vm, &format!("{UNFINISHED}new-{name}"));
+    let directory = unfinished(vm, request);
     gone(fs::remove_dir_all(&directory)).map_err(failed)?;
     // Not the VM's own: where that is gone, it has just been removed.
     match fs::create_dir(vm.join(DIRECTORY)) {
@@ -168,8 +178,8 @@ pub(crate) fn remove(vm: &Path, name: &str) -> Result<()> {
 }
 
 /// Removes the directory of one that was not made.
-pub(crate) fn discard(vm: &Path, name: &str) {
-    if let Err(error) = gone(fs::remove_dir_all(place(vm, &format!("{UNFINISHED}new-{name}")))) {
+pub(crate) fn discard(vm: &Path, request: RequestId) {
+    if let Err(error) = gone(fs::remove_dir_all(unfinished(vm, request))) {
         tracing::warn!(%error, "a part of a snapshot takes room until the host process starts again");
     }
 }
@@ -189,5 +199,49 @@ fn gone(removed: io::Result<()>) -> io::Result<()> {
     match removed {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => removed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of format 1; see docs/formats.md.
+    const KEPT: &str = r#"{"format":1,"number":7,"about":{"name":"s1","request":"01a2183d-ad40-755a-b23a-3dc2f6bd0da0",
+        "taken_s":5,"disks":["root","data"],"map":"MAP","memory":"90 MiB","stored":"1 MiB","devices":"64 KiB",
+        "compatibility":{"format":1,"qemu":"7.2.22","program":"p","firmware":"f","accelerator":"tcg","machine":"m"},
+        "captured_us":4000},"attached":[{"disk":"data","port":1}],"frozen":false}"#;
+
+    #[test]
+    fn snapshots_are_there_or_not_and_come_in_order() {
+        let vm = tempfile::tempdir().unwrap();
+        let vm = vm.path();
+        assert_eq!(list(vm).unwrap(), []);
+        let first: Snapshot = serde_json::from_str(&KEPT.replace("\n", "")).unwrap();
+        assert_eq!((first.number, first.about.disks.len(), first.attached[0].port), (7, 2, 1));
+        let mut second = first.clone();
+        (second.number, second.about.name) = (8, "before".into());
+        for snapshot in [&second, &first] {
+            let begun = begin(vm, snapshot.about.request).unwrap();
+            assert!(is_begun(vm, snapshot.about.request));
+            publish(&begun, vm, snapshot).unwrap();
+        }
+        assert_eq!(list(vm).unwrap(), [first.clone(), second]);
+        assert_eq!(find(vm, "s1").unwrap(), first);
+        assert!(find(vm, "../s1").unwrap_err().message.contains("it has "));
+
+        // What was begun is no snapshot, and goes with the next start.
+        begin(vm, RequestId::generate()).unwrap();
+        assert_eq!(names(vm).unwrap().len(), 2);
+        sweep(vm);
+        assert_eq!(fs::read_dir(vm.join(DIRECTORY)).unwrap().count(), 2);
+        // One of another version is told by name, and can be removed.
+        let newer =
+            fs::read_to_string(place(vm, "s1").join(FILE)).unwrap().replacen("\"format\": 1", "\"format\": 2", 1);
+        fs::write(place(vm, "s1").join(FILE), newer).unwrap();
+        assert!(list(vm).unwrap_err().message.contains("has format 2; this Burgeon knows 1"));
+        remove(vm, "s1").unwrap();
+        assert_eq!(remove(vm, "s1").unwrap_err().kind, burgeon_api::ErrorKind::NotFound);
+        assert_eq!(names(vm).unwrap(), ["before"]);
     }
 }

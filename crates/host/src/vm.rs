@@ -214,10 +214,9 @@ pub(crate) fn resume(
             let observed = Observed::Unknown { reason: "being found again after a restart of the host process".into() };
             spawn(context, directory, record, observed, changes, Begin::Adopt(process))
         }
-        // How far it had come with that does not matter: it begins once more.
-        Err(_) if record.rolling_back.is_some() && record.ended.is_none() => {
-            let observed = Observed::Starting { phase: "queued".into() };
-            spawn(context, directory, record, observed, changes, Begin::RollBack)
+        // It was to go on from a snapshot. How far it had come does not matter: it begins once more.
+        Err(starting @ Observed::Starting { .. }) => {
+            spawn(context, directory, record, starting, changes, Begin::RollBack)
         }
         Err(ended) => spawn(context, directory, record, ended, changes, Begin::Ended),
     }

@@ -33,6 +33,8 @@ pub enum Step {
     SnapshotCaptured,
     /// All of a snapshot is kept, and it is not in its place.
     SnapshotKept,
+    /// A VM's row says that it is to return to a snapshot, and its host knows nothing of that.
+    RollbackWanted,
     /// A VM is to return to a snapshot, and its process still runs.
     RollbackRecorded,
     /// Its disks have returned, and nothing goes on from them.
@@ -54,7 +56,7 @@ pub enum Step {
 }
 
 impl Step {
-    pub const ALL: [Step; 22] = [
+    pub const ALL: [Step; 23] = [
         Step::ObjectBeside,
         Step::PackWritten,
         Step::PackKnown,
@@ -68,6 +70,7 @@ impl Step {
         Step::ChunksSwept,
         Step::SnapshotCaptured,
         Step::SnapshotKept,
+        Step::RollbackWanted,
         Step::RollbackRecorded,
         Step::DisksRolledBack,
         Step::RolledBack,

@@ -37,9 +37,10 @@ const COLLECT: [Step; 8] = [
 ];
 
 /// Those that the tests of the whole product die at.
-const ELSEWHERE: [Step; 14] = [
+const ELSEWHERE: [Step; 15] = [
     Step::SnapshotCaptured,
     Step::SnapshotKept,
+    Step::RollbackWanted,
     Step::RollbackRecorded,
     Step::DisksRolledBack,
     Step::RolledBack,
