@@ -26,7 +26,7 @@ use burgeon_qemu::{
     qmp::Qmp,
     state,
 };
-use burgeon_store::steps::{Step as Death, reached};
+use burgeon_store::steps::{self, reached};
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, timeout},
@@ -314,7 +314,7 @@ async fn go_on(
     }
     let (receipt, guest) = renew(context, record, claim, &qmp, &agent, phases).await?;
     if record.rolling_back.is_some() {
-        reached(Death::RolledBack);
+        reached(steps::Step::RolledBack);
     }
     Ok(Up {
         process,

@@ -75,12 +75,15 @@ impl Gate {
         };
         let kept = kept.await.map_err(|error: Error| error.context(format!("snapshot of VM {}", launch.name)));
         if kept.is_err() {
-            let (disks, id) = (disks.clone(), launch.id);
-            blocking(move || {
+            let id = launch.id;
+            let discarded = blocking(move || {
                 snapshots::discard(&vm, request);
                 disks.let_snapshot_go(id, &name)
-            })
-            .await?;
+            });
+            // The reason why there is none is worth more than this.
+            if let Err(error) = discarded.await {
+                tracing::warn!(vm = %launch.name, %error, "a part of a snapshot is kept until the host process starts again");
+            }
         }
         kept
     }

@@ -298,14 +298,26 @@ fn what_cannot_be_kept_or_returned_to_is_refused_by_name() {
     refused(&["vm", "snapshot", "shown"], &["VM shown does not run", "burgeon vm start shown"]);
     assert!(snapshots(&lab, "shown").is_empty());
 
+    let id = lab.json(&["vm", "show", "one"])["id"].as_str().unwrap().to_string();
+    let directory = lab.data().join("vms").join(id.rsplit('-').next().unwrap());
+
+    // While it is captured nobody returns it, then or later. A QEMU that stands makes that take as long as it takes here.
+    let qemu = lab.pid_of_vm("one");
+    kill(qemu, "STOP");
+    let taking = lab.command(&["vm", "snapshot", "one"]).spawn().unwrap();
+    until("it has begun", || fs::read_dir(directory.join("snapshots")).unwrap().count() == 2);
+    refused(&["vm", "rollback", "one", "s1"], &["VM one is being captured", "try again"]);
+    refused(&["vm", "snapshots", "one", "--rm", "s1"], &["VM one is being captured"]);
+    kill(qemu, "CONT");
+    finish(taking).good();
+    lab.run(&["vm", "snapshots", "one", "--rm", "s2"]).good();
+
     // What another QEMU has made, this one does not take; the VM goes on as it is, and is not started for it later.
-    let file = lab.json(&["vm", "show", "one"])["id"].as_str().unwrap().rsplit('-').next().unwrap().to_string();
-    let file = lab.data().join("vms").join(file).join("snapshots/s1/snapshot.json");
+    let file = directory.join("snapshots/s1/snapshot.json");
     let text = fs::read_to_string(&file).unwrap();
     let mut changed: Value = serde_json::from_str(&text).unwrap();
     changed["about"]["compatibility"]["qemu"] = "1.0".into();
     fs::write(&file, changed.to_string()).unwrap();
-    let qemu = lab.pid_of_vm("one");
     refused(&["vm", "rollback", "one"], &["snapshot s1 of VM one cannot go on here: QEMU was 1.0 and is"]);
     assert_eq!((lab.pid_of_vm("one"), lab.json(&["vm", "show", "one"])["starts"].as_u64()), (qemu, Some(0)));
     lab.run(&["exec", "one", "true"]).good();

@@ -181,7 +181,10 @@ impl Disks {
             return Err(Error::conflict(format!("disk {} is plugged in", key.1))
                 .with_hint(format!("detach it first: burgeon vm disk detach VM {}", key.1)));
         }
-        if let Some(snapshot) = super::snapshots::of_vm(&self.disk(key)?.record()).next() {
+        // One that does not open may go.
+        if let Ok(disk) = self.disk(key)
+            && let Some(snapshot) = super::snapshots::of_vm(&disk.record()).next()
+        {
             return Err(Error::conflict(format!("disk {} is in snapshot {snapshot} of its VM", key.1))
                 .with_hint(format!("remove that first: burgeon vm snapshots VM --rm {snapshot}")));
         }
