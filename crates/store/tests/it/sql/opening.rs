@@ -44,7 +44,7 @@ async fn a_file_of_before_the_table_of_versions_is_read() {
     }
     let bare = Connection::open(&path).unwrap();
     let version = bare.query_row("SELECT version FROM schema_version WHERE component = 'meta'", [], |row| row.get(0));
-    assert_eq!(version, Ok(5i64));
+    assert_eq!(version, Ok(6i64));
 }
 
 #[test]
