@@ -11,12 +11,22 @@ use burgeon_store::{
     rollback::RollBack,
     steps::{Step, reached},
 };
-use tokio::time::timeout;
+use tokio::time::{Duration, timeout};
 
 use crate::{
     state::{Shared, State},
     substrates::UP,
 };
+
+/// How long a host process that is just starting is waited for.
+const THERE: Duration = Duration::from_secs(10);
+
+/// Waits until the host process has answered: both may have been started by this very command.
+pub(crate) async fn host_is_there(state: &State) {
+    let answers = state.when(|seen| (seen.looks > 0 && seen.unreachable.is_none()).then_some(Ok(())));
+    // Without it, whoever asks next is told why.
+    drop(timeout(THERE, answers).await);
+}
 
 /// A snapshot by name, or the latest.
 ///
@@ -46,6 +56,7 @@ pub(crate) async fn find(state: &State, row: &VmRow, name: Option<&str>) -> Resu
 /// # Errors
 /// `NotFound`; those of the host, which has the VM as it was then; why it does not go on.
 pub(crate) async fn roll_back(state: &Shared, vm: String, request: RollBackVm) -> Result<VmView> {
+    host_is_there(state).await;
     let row = state.meta.vm(&vm).await?;
     let (id, name) = (row.id, row.name.clone());
     // Meanwhile it is not parked.

@@ -42,6 +42,7 @@ pub(super) fn add(routes: &mut Routes) {
 }
 
 async fn list(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<Json<Vec<VmSnapshot>>> {
+    snapshots::host_is_there(&state).await;
     let row = state.meta.vm(&vm).await?;
     Ok(Json(state.host.snapshots(row.id).await?))
 }
@@ -51,6 +52,7 @@ async fn take(
     Path(vm): Path<String>,
     Json(request): Json<SnapshotVm>,
 ) -> Answer<Json<VmSnapshot>> {
+    snapshots::host_is_there(&state).await;
     let row = state.meta.vm(&vm).await?;
     if let Some(name) = &request.name {
         burgeon_api::name::check("snapshot", name)?;
@@ -68,6 +70,7 @@ async fn take(
 }
 
 async fn remove(State(state): State<Shared>, Path((vm, snapshot)): Path<(String, String)>) -> Answer<()> {
+    snapshots::host_is_there(&state).await;
     let row = state.meta.vm(&vm).await?;
     state.host.remove_snapshot(row.id, snapshot).await?;
     state.kick.notify_one();
@@ -91,6 +94,7 @@ async fn activate(
     Path((vm, snapshot)): Path<(String, String)>,
     Json(request): Json<ActivateVms>,
 ) -> Answer<Json<Vec<VmView>>> {
+    snapshots::host_is_there(&state).await;
     let source = state.meta.vm(&vm).await?;
     let snapshot = snapshots::find(&state, &source, Some(&snapshot)).await?.name;
     let image = state.host.image_of(source.id).await?;
