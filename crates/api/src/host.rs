@@ -8,12 +8,13 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Error, VmId,
+    Error, RequestId, VmId,
     disk::{DiskChanged, DiskChanges, DiskView},
     exec::Attach,
     http::Setting,
     image::Image,
     profile::Profile,
+    snapshot::VmSnapshot,
     substrate::{Forked, Recipe, Standbys},
     vm::{Figures, HostVm},
 };
@@ -56,20 +57,22 @@ pub enum Begin {
     Substrate,
     /// It goes on from an instant of its running source.
     Fork,
+    /// It goes on from a snapshot of its source, which has the name that the source tells.
+    Snapshot,
 }
 
 impl Begin {
     /// Whether its memory was another VM's.
     pub fn is_activation(self) -> bool {
-        matches!(self, Begin::Substrate | Begin::Fork)
+        matches!(self, Begin::Substrate | Begin::Fork | Begin::Snapshot)
     }
 }
 
-/// What a VM's root disk is cloned from.
+/// What a VM's root disk is cloned from; with [`Begin::Snapshot`] all that it has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Source {
     pub vm: VmId,
-    /// A snapshot's name; none: what the disk holds when the clone is made.
+    /// The name of a snapshot, of the disk or of the VM; none: what there is when the clone is made.
     pub snapshot: Option<String>,
 }
 
@@ -272,6 +275,27 @@ pub enum Request {
     Park {
         vm: VmId,
     },
+    /// Keeps a VM's instant under a name, in the store and beside its disks, while it goes on as before. The same request
+    /// keeps one.
+    Snapshot {
+        vm: VmId,
+        request: RequestId,
+        name: Option<String>,
+    },
+    /// The snapshots of a VM, the oldest first.
+    Snapshots {
+        vm: VmId,
+    },
+    RemoveSnapshot {
+        vm: VmId,
+        snapshot: String,
+    },
+    /// Ends a VM's process and has it go on from a snapshot of it. `starts` as for `Start`.
+    RollBack {
+        vm: VmId,
+        starts: u32,
+        snapshot: String,
+    },
     /// Ends a VM that could not be made what it should become: it has failed, for this reason.
     GiveUp {
         vm: VmId,
@@ -323,6 +347,8 @@ pub enum Reply {
     Image(Box<Image>),
     Forked(Forked),
     Standbys(Vec<(VmId, Standbys)>),
+    Snapshot(Box<VmSnapshot>),
+    Snapshots(Vec<VmSnapshot>),
     Log {
         text: Vec<u8>,
     },

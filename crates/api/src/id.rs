@@ -75,3 +75,7 @@ typed_id!(
     /// One command running in a VM.
     ExecId, "exec"
 );
+typed_id!(
+    /// One request of a client, which may reach the server more than once.
+    RequestId, "request"
+);

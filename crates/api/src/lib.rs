@@ -24,10 +24,11 @@ pub mod receipt;
 pub mod recipe;
 pub mod remote;
 pub mod size;
+pub mod snapshot;
 pub mod store;
 pub mod substrate;
 pub mod vm;
 
 pub use error::{Error, ErrorKind, Location, Result};
-pub use id::{ExecId, PipelineId, VmId};
+pub use id::{ExecId, PipelineId, RequestId, VmId};
 pub use size::{ByteSize, TimeSpan};

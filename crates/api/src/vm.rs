@@ -141,6 +141,9 @@ pub struct HostVm {
     /// Of a substrate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub docked: Option<Docked>,
+    /// How many snapshots of it there are.
+    #[serde(default)]
+    pub snapshots: u32,
 }
 
 /// A VM: what is wanted and what is known.

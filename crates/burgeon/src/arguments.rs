@@ -157,13 +157,16 @@ pub struct ShellArguments {
 pub enum VmCommand {
     /// Create a VM from an image and start it, or VMs that go on from a substrate
     Create {
-        #[arg(required_unless_present = "substrate", conflicts_with = "substrate")]
+        #[arg(required_unless_present_any = ["substrate", "snapshot"], conflicts_with_all = ["substrate", "snapshot"])]
         image: Option<String>,
         /// Go on from this substrate instead of booting an image
         #[arg(long, short, value_name = "SUBSTRATE", conflicts_with_all = ["profile", "ssh_key"])]
         substrate: Option<String>,
-        /// How many VMs; with --name they are called NAME-1, NAME-2, ...
-        #[arg(long, short, default_value_t = 1, requires = "substrate")]
+        /// Go on from this snapshot of a VM instead of booting an image
+        #[arg(long, value_name = "VM/NAME", conflicts_with_all = ["substrate", "profile", "ssh_key"])]
+        snapshot: Option<String>,
+        /// How many VMs, of a substrate or snapshot; with --name they are called NAME-1, NAME-2, ...
+        #[arg(long, short, default_value_t = 1, conflicts_with = "image")]
         count: u32,
         /// Its name, and host name; made from the image's name when absent
         #[arg(long, short)]
@@ -280,6 +283,25 @@ pub enum VmCommand {
     Resume {
         #[arg(required = true)]
         vms: Vec<String>,
+    },
+    /// Keep a VM's memory and disks as they are at this instant, while it goes on
+    Snapshot {
+        vm: String,
+        /// Its name; s1, s2, ... when absent
+        name: Option<String>,
+    },
+    /// List a VM's snapshots, or remove some
+    Snapshots {
+        vm: String,
+        /// Remove this one; may be repeated
+        #[arg(long, value_name = "NAME")]
+        rm: Vec<String>,
+    },
+    /// Return a VM to a snapshot of it, memory and disks; all snapshots stay
+    Rollback {
+        vm: String,
+        /// The snapshot; the latest when absent
+        snapshot: Option<String>,
     },
     /// Show what a VM that goes on from a substrate, or was forked, has proved of its identity
     Receipt(VmName),

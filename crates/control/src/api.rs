@@ -5,6 +5,7 @@ mod files;
 mod images;
 mod pipelines;
 mod server;
+mod snapshots;
 mod store;
 mod streams;
 mod substrates;
@@ -124,6 +125,7 @@ pub(crate) fn routes() -> (Router<Shared>, Value) {
     settings.meta_schema = None;
     let mut routes = Routes { router: Router::new(), told: Vec::new(), schemas: settings.into_generator() };
     server::add(&mut routes);
+    snapshots::add(&mut routes);
     substrates::add(&mut routes);
     vms::add(&mut routes);
     disks::add(&mut routes);

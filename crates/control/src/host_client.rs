@@ -3,10 +3,11 @@
 use std::{path::PathBuf, time::Duration};
 
 use burgeon_api::{
-    Error, ErrorKind, Result, VmId,
+    Error, ErrorKind, RequestId, Result, VmId,
     disk::{DiskChanged, DiskChanges, DiskView},
     host::{DiskRequest, Envelope, FileRequest, Handover, Launch, Reply, Request, StopMode, VERSION},
     image::Image,
+    snapshot::VmSnapshot,
     substrate::{Forked, Recipe, Standbys},
     vm::HostVm,
 };
@@ -104,6 +105,31 @@ impl HostClient {
     pub(crate) async fn park(&self, vm: VmId) -> Result<()> {
         // Large memories on their way to a store far away take their time.
         self.done(Request::Park { vm }, DOCK).await
+    }
+
+    /// Keeps a VM's instant; it goes on.
+    pub(crate) async fn snapshot(&self, vm: VmId, request: RequestId, name: Option<String>) -> Result<VmSnapshot> {
+        match self.ask(Request::Snapshot { vm, request, name }, DOCK).await? {
+            Reply::Snapshot(snapshot) => Ok(*snapshot),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// A VM's snapshots, the oldest first.
+    pub(crate) async fn snapshots(&self, vm: VmId) -> Result<Vec<VmSnapshot>> {
+        match self.ask(Request::Snapshots { vm }, QUICK).await? {
+            Reply::Snapshots(snapshots) => Ok(snapshots),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    pub(crate) async fn remove_snapshot(&self, vm: VmId, snapshot: String) -> Result<()> {
+        self.done(Request::RemoveSnapshot { vm, snapshot }, SLOW).await
+    }
+
+    /// Has a VM go on from a snapshot of it.
+    pub(crate) async fn roll_back(&self, vm: VmId, starts: u32, snapshot: String) -> Result<()> {
+        self.done(Request::RollBack { vm, starts, snapshot }, SLOW).await
     }
 
     /// Ends a VM that could not be made what it should become.

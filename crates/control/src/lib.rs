@@ -19,6 +19,7 @@ mod rebuild;
 mod reconcile;
 mod relocate;
 mod remotes;
+mod snapshots;
 mod state;
 mod store;
 mod substrates;

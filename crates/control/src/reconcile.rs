@@ -21,7 +21,7 @@ use tokio::{
 
 use crate::{
     host_client::receive_message,
-    life,
+    life, snapshots,
     state::{Seen, Shared, State},
 };
 
@@ -109,6 +109,7 @@ impl Looker {
                 launched_before: row.launched,
                 ended: is_over(&row.observed),
                 starts: row.starts,
+                rollback: row.rollback.as_ref().map(|rollback| rollback.snapshot.clone()),
             })
             .collect();
         let mut others = Others { ids: state.temporary.borrow().clone(), nameless: false };
@@ -235,6 +236,11 @@ async fn act(state: &State, action: Action, row: Option<VmRow>) {
             state.kick.notify_one();
             outcome
         }
+        (Action::RollBack { starts, snapshot, .. }, Some(row)) => {
+            let outcome = snapshots::ask(state, row, *starts, snapshot.clone()).await;
+            state.kick.notify_one();
+            outcome
+        }
         (Action::Stop { id }, _) => {
             let grace = u64::try_from(GRACE.as_millis()).unwrap_or(u64::MAX);
             let outcome = state.host.stop(*id, StopMode::Graceful { deadline_ms: grace }).await;
@@ -264,7 +270,7 @@ async fn act(state: &State, action: Action, row: Option<VmRow>) {
             state.kick.notify_one();
             outcome
         }
-        (Action::Launch { .. }, None) => Ok(()),
+        (Action::Launch { .. } | Action::RollBack { .. }, None) => Ok(()),
     };
     if let Err(error) = outcome {
         tracing::warn!(vm = %name, ?action, %error, "will be tried again");

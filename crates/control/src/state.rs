@@ -43,7 +43,7 @@ pub(crate) struct State {
     pub(crate) pipelines: Pipelines,
     /// VMs of image builds: on the host, and in no row of meta.
     pub(crate) temporary: watch::Sender<BTreeSet<VmId>>,
-    /// VMs that are just being forked: others do nothing about them.
+    /// VMs that are just being forked or rolled back: others do nothing about them.
     pub(crate) forking: watch::Sender<BTreeSet<VmId>>,
     /// Open client connections and long work, for the idle exit.
     pub(crate) busy: Arc<AtomicUsize>,

@@ -15,8 +15,8 @@ use tokio::time::{Duration, timeout};
 
 use crate::state::{Shared, now_s};
 
-/// How long a substrate's VM may take to come up.
-const UP: Duration = Duration::from_secs(300);
+/// How long a substrate's VM may take to come up, and one that goes on.
+pub(crate) const UP: Duration = Duration::from_secs(300);
 /// VMs that one request makes.
 pub(crate) const MOST_AT_ONCE: usize = 256;
 
@@ -176,7 +176,14 @@ pub(crate) fn view(state: &Shared, row: &VmRow, all: &[VmRow], standbys: &Waitin
 ///
 /// # Errors
 /// `Invalid` for too many of them, or names that do not fit the ids.
-pub(crate) fn rows(source: &VmRow, image: &Image, begin: Begin, ids: &[VmId], names: &[String]) -> Result<Vec<VmRow>> {
+pub(crate) fn rows(
+    source: &VmRow,
+    snapshot: Option<&str>,
+    image: &Image,
+    begin: Begin,
+    ids: &[VmId],
+    names: &[String],
+) -> Result<Vec<VmRow>> {
     if ids.is_empty() || ids.len() > MOST_AT_ONCE {
         return Err(Error::invalid(format!("{} VMs at once; 1 to {MOST_AT_ONCE} can be made", ids.len())));
     }
@@ -188,7 +195,7 @@ pub(crate) fn rows(source: &VmRow, image: &Image, begin: Begin, ids: &[VmId], na
     }
     let row = |(index, id): (usize, &VmId)| {
         let name = names.get(index).cloned().unwrap_or_else(|| format!("{}-{}", source.name, id.short()));
-        let from = Source { vm: source.id, snapshot: None };
+        let from = Source { vm: source.id, snapshot: snapshot.map(str::to_string) };
         VmRow {
             source: Some(CloneSource { source: from, image: image.clone(), begin }),
             ..VmRow::new(*id, name, source.image.clone(), source.profile.clone(), now_s())
@@ -252,7 +259,7 @@ pub(crate) async fn fork(
     all_or_nothing: bool,
 ) -> Result<Forked> {
     let image = state.host.image_of(source.id).await?;
-    let rows = rows(&source, &image, Begin::Fork, &ids, &names)?;
+    let rows = rows(&source, None, &image, Begin::Fork, &ids, &names)?;
     let there = there(state, &rows).await?;
     if !there.is_empty() {
         let children = there.into_iter().map(|row| Child { id: row.id, name: row.name, error: None }).collect();
@@ -300,7 +307,7 @@ pub(crate) async fn wake(state: &Shared, row: VmRow) -> Result<()> {
     if !matches!(state.view(row.clone()).observed, Observed::Parked { .. }) {
         return Ok(());
     }
-    match state.meta.start_again(row).await {
+    match state.meta.start_again(row, None).await {
         // Somebody else has begun to.
         Err(error) if error.kind == ErrorKind::Conflict => {}
         outcome => drop(outcome?),

@@ -27,6 +27,7 @@ use burgeon_qemu::{
     qmp::Qmp,
     state,
 };
+use burgeon_store::steps::{self, reached};
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, timeout},
@@ -39,6 +40,7 @@ use crate::{
     plug::blocking,
     prepare,
     record::Record,
+    snapshots::{self, Snapshot},
     standby::{From, Standby},
     start::{self, Context, MONITOR_DEADLINE, Phases, Step, Up, connect_agent, connect_monitor},
 };
@@ -94,6 +96,34 @@ impl Claim {
             frozen: awaited,
             waiting: None,
         })
+    }
+
+    /// Of a snapshot of this VM.
+    pub(crate) async fn of_snapshot(context: &Context, record: &Record, snapshot: &Snapshot) -> Result<Claim> {
+        let frozen = Arc::new(snapshot.bring(context, record).await?);
+        let (_, awaited) = watch::channel(Some(Ok(frozen.clone())));
+        Ok(Claim {
+            origin: format!("snapshot {} of VM {}", snapshot.about.name, record.launch.name),
+            source: record.launch.id,
+            accelerator: snapshot.about.docked.compatibility.accelerator,
+            base: frozen.base.clone(),
+            frozen: awaited,
+            waiting: None,
+        })
+    }
+
+    /// Of a snapshot of another VM, which its source names; its disks are made.
+    pub(crate) async fn of_snapshot_of_other(context: &Context, launch: &Launch) -> Result<Claim> {
+        let unnamed = || Error::invalid("the VM names no snapshot");
+        let (source, name) =
+            launch.source.as_ref().and_then(|of| Some((of.vm, of.snapshot.as_ref()?))).ok_or_else(unnamed)?;
+        let directory = context.layout.vm(source);
+        let record = Record::load(&directory).map_err(|error| error.context("find the snapshot's VM"))?;
+        let snapshot = snapshots::find(&directory, name)?;
+        snapshot.check(context, &record.launch)?;
+        let (disks, of_launch, of_snapshot) = (context.disks.clone(), launch.clone(), snapshot.clone());
+        blocking(move || disks.clone_snapshot(&of_launch, source, &of_snapshot)).await?;
+        Claim::of_snapshot(context, &record, &snapshot).await
     }
 
     async fn frozen(&mut self) -> Result<Arc<Frozen>> {
@@ -263,6 +293,11 @@ async fn start_own(
         let (directory, source) = (directory.to_path_buf(), claim.source);
         blocking(move || {
             prepare::prepare_activation(&layout, &directory, &of_launch, source, run_as)?;
+            if of_launch.begin == Begin::Snapshot {
+                // What it goes on from is known, and its disks are made.
+                disks.serve_all(&of_launch, run_as.user())?;
+                return disks.attached(of_launch.id);
+            }
             disks.serve_late(&of_launch, source, run_as.user())?;
             disks.attached(source)
         })
@@ -324,6 +359,9 @@ async fn go_on(
         phases.tell(Step::Started { record: Box::new(going_on) });
     }
     let (receipt, guest) = renew(context, record, claim, &qmp, &agent, phases).await?;
+    if record.rolling_back.is_some() {
+        reached(steps::Step::RolledBack);
+    }
     Ok(Up {
         process,
         qmp,

@@ -34,6 +34,7 @@ use tokio::{
 
 use crate::{
     activate::Claim,
+    disks::Disks,
     frozen::{self, Frozen},
     plug::{Gate, blocking},
     registry::Registry,
@@ -47,7 +48,7 @@ const SPAWNED: Duration = Duration::from_secs(30);
 const SETTLED: Duration = Duration::from_secs(120);
 
 /// What a VM must have to be captured.
-struct Running<'a> {
+pub(crate) struct Running<'a> {
     monitor: &'a Qmp,
     /// Absent where the VM is paused.
     agent: Option<&'a AgentClient>,
@@ -57,7 +58,7 @@ struct Running<'a> {
 }
 
 /// Where what is captured goes.
-enum Into {
+pub(crate) enum Into {
     /// Above the base that the VM began with, and aside, where there is room for it.
     Above { base: Arc<Base>, aside: Base },
     /// Into a base of its own, which holds the old one already.
@@ -95,16 +96,16 @@ pub(crate) enum End {
     Parked,
 }
 
-struct Captured {
-    frozen: Frozen,
-    stood_us: u64,
+pub(crate) struct Captured {
+    pub(crate) frozen: Frozen,
+    pub(crate) stood_us: u64,
     copied: u64,
 }
 
 impl Gate {
     /// # Errors
     /// `Refused`, with what this VM lacks.
-    async fn running(&self, context: &Context) -> Result<Running<'_>> {
+    pub(crate) async fn running(&self, context: &Context) -> Result<Running<'_>> {
         let launch = &self.record.launch;
         let name = &launch.name;
         let refused = |what: &str| Err(Error::refused(format!("VM {name} cannot be captured: {what}")));
@@ -136,7 +137,7 @@ impl Gate {
     }
 
     /// Captures the VM, with what `during` does while it stands still. What becomes of it then, `end` says.
-    async fn capture(
+    pub(crate) async fn capture(
         &self,
         running: &Running<'_>,
         into: Into,
@@ -200,7 +201,8 @@ impl Gate {
         frozen.base.seal()?;
         let directory = context.layout.vm(id);
         let kept = blocking(move || {
-            let docked = frozen::keep(&disks, &directory, id, &frozen, compatibility, stood_us)?;
+            let docked =
+                frozen::keep(&disks, &directory, |map| Disks::memory_root(id, map), &frozen, compatibility, stood_us)?;
             Ok((docked, Arc::new(frozen)))
         })
         .await;
@@ -225,7 +227,7 @@ impl Gate {
         Ok(())
     }
 
-    fn new_base(&self) -> Result<Into> {
+    pub(crate) fn new_base(&self) -> Result<Into> {
         let base = Base::empty(self.record.launch.profile.memory.bytes())?;
         let above = match &self.base {
             Some(old) => base.copy_from(old).map(|()| true)?,

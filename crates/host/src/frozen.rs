@@ -25,6 +25,7 @@ use burgeon_qemu::{
 };
 use burgeon_store::{
     ChunkId,
+    catalog::NewRoot,
     chunk_store::{ChunkStore, Writer, ingest},
     cut::Cutter,
     map::Map,
@@ -42,7 +43,7 @@ use crate::{
 /// The format of what is kept; see docs/formats.md.
 const FORMAT: u32 = 1;
 /// In the VM's directory.
-const DEVICES: &str = "devices";
+pub(crate) const DEVICES: &str = "devices";
 /// One read of a memory in the store.
 const STEP: u64 = 1 << 20;
 
@@ -117,8 +118,21 @@ impl Substrates {
         record: &Record,
     ) -> Result<Frozen> {
         let docked = self.check(qemu, disks, record)?;
-        let (disks, directory) = (disks.clone(), layout.vm(record.launch.id));
-        let length = record.launch.profile.memory.bytes();
+        self.bring(disks, layout.vm(record.launch.id), &docked, &record.launch).await
+    }
+
+    /// Brings what a directory and the store hold of a VM into memory.
+    ///
+    /// # Errors
+    /// `Damaged`; those of the store.
+    pub(crate) async fn bring(
+        &self,
+        disks: &Arc<Disks>,
+        directory: PathBuf,
+        docked: &Docked,
+        launch: &Launch,
+    ) -> Result<Frozen> {
+        let (disks, docked, length) = (disks.clone(), docked.clone(), launch.profile.memory.bytes());
         crate::plug::blocking(move || load(&disks, &directory, &docked, length)).await
     }
 
@@ -165,7 +179,7 @@ fn hash_of(path: &Path) -> Result<String> {
 
 /// # Errors
 /// `Refused`, with all that differs.
-fn compare(name: &str, was: &Compatibility, is: &Compatibility) -> Result<()> {
+pub(crate) fn compare(name: &str, was: &Compatibility, is: &Compatibility) -> Result<()> {
     let short = |hash: &str| hash.get(..12).unwrap_or(hash).to_string();
     let pairs = [
         ("the format", was.format.to_string(), is.format.to_string()),
@@ -184,17 +198,17 @@ fn compare(name: &str, was: &Compatibility, is: &Compatibility) -> Result<()> {
         return Ok(());
     }
     Err(Error::refused(format!("{name} cannot go on here: {}", different.join("; ")))
-        .with_hint("make a substrate anew: burgeon substrate rm, then burgeon substrate create; a parked VM waits for the QEMU that it was parked with"))
+        .with_hint("make a substrate anew: burgeon substrate rm, then burgeon substrate create; a parked VM or a snapshot waits for the QEMU that it was made with"))
 }
 
-/// Keeps a captured VM in the store and in its directory.
+/// Keeps a captured VM in the store and in a directory. `root` keeps its memory.
 ///
 /// # Errors
 /// Those of the store and of the file system. Then nothing names what was stored.
 pub(crate) fn keep(
     disks: &Disks,
     directory: &Path,
-    id: VmId,
+    root: impl FnOnce(ChunkId) -> NewRoot,
     frozen: &Frozen,
     compatibility: Compatibility,
     captured_us: u64,
@@ -204,7 +218,7 @@ pub(crate) fn keep(
     let mut writer = Writer::new(store);
     let reader = ReadAt { base: &frozen.base, at: 0 };
     let map = ingest(store, &mut writer, reader, Cutter::Fixed64K, None, &mut |_| {})?.map.root();
-    let written = writer.finish(Disks::memory_root(id, map))?;
+    let written = writer.finish(root(map))?;
     let path = directory.join(DEVICES);
     let write = || -> io::Result<()> {
         let new = path.with_extension("new");

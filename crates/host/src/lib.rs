@@ -25,6 +25,8 @@ mod room;
 mod seed;
 mod server;
 mod session;
+mod snapshot;
+mod snapshots;
 mod ssh_key;
 mod standby;
 mod start;

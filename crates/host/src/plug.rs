@@ -86,6 +86,7 @@ impl Gate {
                     return Err(Error::conflict(format!("VM {name} runs, and would not notice that its disk changed"))
                         .with_hint(format!("stop it first: burgeon vm stop {name}")));
                 }
+                burgeon_api::name::check("snapshot", &snapshot)?;
                 let disks = disks.clone();
                 blocking(move || disks.roll_back(&(vm, disk), &snapshot)).await.map(|()| DiskChanged::default())
             }

@@ -48,6 +48,9 @@ pub(crate) struct Record {
     /// What is kept of it, where it is a substrate or parked.
     #[serde(default)]
     pub docked: Option<Docked>,
+    /// It is to go on from this snapshot of it. Set until it has: who finds this begins once more.
+    #[serde(default)]
+    pub rolling_back: Option<String>,
     /// How many QEMUs a user wants to wait for VMs that go on from it.
     #[serde(default)]
     pub standbys: Option<u32>,
@@ -75,6 +78,11 @@ impl Record {
             )));
         }
         Ok(Record { format: FORMAT, ..record })
+    }
+
+    /// Whether its next start is no boot: it goes on from what is kept of it.
+    pub(crate) fn goes_on(&self) -> bool {
+        self.docked.is_some() || self.rolling_back.is_some()
     }
 
     /// It runs in this process from now on.

@@ -18,7 +18,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 use crate::{
     activate::Claim,
     record::{Record, find_unrecorded},
-    standby,
+    snapshots, standby,
     start::Context,
     vm::{self, VmHandle, with_figures},
 };
@@ -101,7 +101,7 @@ async fn own(
             Ask::Get { id, reply } => drop(reply.send(vms.get(&id).cloned())),
             Ask::List { reply } => {
                 let mut all: Vec<HostVm> =
-                    vms.values().map(|handle| with_figures(handle.view.borrow().clone())).collect();
+                    vms.values().map(|handle| with_figures(handle.view.borrow().clone(), &handle.directory)).collect();
                 all.sort_by_key(|view| view.id);
                 drop(reply.send(all));
             }
@@ -118,6 +118,7 @@ fn find_left_over(context: &Arc<Context>, changes: &broadcast::Sender<HostVm>) -
             standby::clear(context, &directory);
             continue;
         }
+        snapshots::sweep(&directory);
         match Record::load(&directory) {
             Ok(record) => {
                 let (record, found) = look_for(&directory, record);
@@ -157,6 +158,14 @@ fn look_for(directory: &Path, mut record: Record) -> (Record, Result<Arc<Process
             left_over.kill();
         }
         return (record, Err(ended));
+    }
+    if record.rolling_back.is_some() {
+        // Of what it is to return from, and of tries to return.
+        let known = [record.process.take(), find_unrecorded(directory)];
+        for process in known.into_iter().flatten().filter_map(|process| Process::hold(&process).ok()) {
+            process.kill();
+        }
+        return (record, Err(Observed::Starting { phase: "queued".into() }));
     }
     if record.docked.is_some() {
         // It had not gone on: what is kept of it is as it was.

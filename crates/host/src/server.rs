@@ -3,10 +3,11 @@
 use std::{sync::Arc, time::Duration};
 
 use burgeon_api::{
-    Error, ErrorKind, Result, VmId,
+    Error, ErrorKind, RequestId, Result, VmId,
     disk::DiskChanged,
     host::{DiskRequest, Envelope, FileEntry, FileKind, FileRequest, Reply, Request, VERSION},
     http::Setting,
+    snapshot::VmSnapshot,
     substrate::Recipe,
     vm::{HostVm, Observed},
 };
@@ -15,6 +16,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{UnixListener, UnixStream},
     sync::{broadcast, mpsc, oneshot},
+    time::Instant,
 };
 
 use crate::{
@@ -25,6 +27,7 @@ use crate::{
     record::Record,
     registry::Registry,
     session::Attachment,
+    snapshots,
     start::Context,
     vm::{Command, Hold, VmHandle},
 };
@@ -32,6 +35,10 @@ use crate::{
 const MOST_REQUEST: u32 = 4 << 20;
 /// A request's first line must come within this.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long a snapshot that an earlier request has begun is waited for, and between two looks.
+const SNAPSHOT: Duration = Duration::from_secs(600);
+const AGAIN: Duration = Duration::from_millis(50);
 
 /// What this process says of itself.
 pub(crate) struct About {
@@ -198,6 +205,29 @@ impl Connection {
                 self.park(vm).await?;
                 reply(stream, &Reply::Done).await
             }
+            Request::Snapshot { vm, request, name } => {
+                let snapshot = self.snapshot(vm, request, name).await?;
+                reply(stream, &Reply::Snapshot(Box::new(snapshot))).await
+            }
+            Request::Snapshots { vm } => {
+                let directory = self.registry.get(vm).await?.directory;
+                let all = blocking(move || snapshots::list(&directory)).await?;
+                reply(stream, &Reply::Snapshots(all.into_iter().map(|snapshot| snapshot.about).collect())).await
+            }
+            Request::RemoveSnapshot { vm, snapshot } => {
+                let _gate = self.ask_vm(vm, |reply| Command::GateOfKept { reply }).await??;
+                let (directory, disks) = (self.registry.get(vm).await?.directory, self.context.disks.clone());
+                blocking(move || {
+                    snapshots::remove(&directory, &snapshot)?;
+                    disks.let_snapshot_go(vm, &snapshot)
+                })
+                .await?;
+                reply(stream, &Reply::Done).await
+            }
+            Request::RollBack { vm, starts, snapshot } => {
+                self.ask_vm(vm, |done| Command::RollBack { starts, snapshot, done }).await??;
+                reply(stream, &Reply::Done).await
+            }
             Request::GiveUp { vm, reason } => {
                 self.ask_vm(vm, |done| Command::GiveUp { reason, done }).await??;
                 reply(stream, &Reply::Done).await
@@ -290,6 +320,24 @@ impl Connection {
             gate.go_on(&self.context).await?;
         }
         parked
+    }
+
+    /// Takes a snapshot. Where an earlier asker has gone away, the same request waits for what it has begun.
+    async fn snapshot(&self, vm: VmId, request: RequestId, name: Option<String>) -> Result<VmSnapshot> {
+        let directory = self.registry.get(vm).await?.directory;
+        let until = Instant::now() + SNAPSHOT;
+        let gate = loop {
+            match self.ask_vm(vm, |reply| Command::GateOfKept { reply }).await? {
+                Err(error) if error.kind == ErrorKind::Conflict && snapshots::is_begun(&directory, request) => {
+                    if Instant::now() > until {
+                        return Err(error);
+                    }
+                    tokio::time::sleep(AGAIN).await;
+                }
+                gate => break gate?,
+            }
+        };
+        gate.snapshot(&self.context, request, name).await
     }
 
     /// What changes which disks there are goes through the VM's gate; the rest needs only the disks.

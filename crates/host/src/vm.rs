@@ -16,6 +16,7 @@
 //! Nothing else writes the VM's record or talks to its QEMU. Requests come by [`VmHandle`].
 
 mod hold;
+mod rollback;
 
 use std::{
     collections::HashMap,
@@ -54,6 +55,7 @@ use crate::{
     prepare::Disk,
     record::Record,
     session::{self, Attachment},
+    snapshots,
     start::{self, Context, Step, Up, group_name},
 };
 
@@ -74,6 +76,12 @@ pub(crate) enum Command {
     /// Start a VM that has stopped once more, unless this number was begun.
     Start {
         starts: u32,
+        done: oneshot::Sender<Result<()>>,
+    },
+    /// Has it go on from a snapshot of it, unless this number was begun.
+    RollBack {
+        starts: u32,
+        snapshot: String,
         done: oneshot::Sender<Result<()>>,
     },
     Remove {
@@ -97,6 +105,10 @@ pub(crate) enum Command {
     },
     /// The right to change the VM's disks, and to capture it, given to one at a time.
     Gate {
+        reply: oneshot::Sender<Result<Gate>>,
+    },
+    /// The same, of a VM that may be parked: for who changes nothing that fits what is kept of it.
+    GateOfKept {
         reply: oneshot::Sender<Result<Gate>>,
     },
     /// It is captured, as a substrate or to be parked: its process ends. From whom has the gate.
@@ -182,6 +194,7 @@ pub(crate) fn launch(
         receipt: None,
         awaits_receipt: false,
         docked: None,
+        rolling_back: None,
         standbys: None,
         frozen: false,
         paused: false,
@@ -205,6 +218,10 @@ pub(crate) fn resume(
             let observed = Observed::Unknown { reason: "being found again after a restart of the host process".into() };
             spawn(context, directory, record, observed, changes, Begin::Adopt(process))
         }
+        // It was to go on from a snapshot. How far it had come does not matter: it begins once more.
+        Err(starting @ Observed::Starting { .. }) => {
+            spawn(context, directory, record, starting, changes, Begin::RollBack)
+        }
         Err(ended) => spawn(context, directory, record, ended, changes, Begin::Ended),
     }
 }
@@ -212,6 +229,7 @@ pub(crate) fn resume(
 enum Begin {
     Launch(Option<Claim>),
     Adopt(Arc<Process>),
+    RollBack,
     Ended,
 }
 
@@ -239,6 +257,7 @@ fn spawn(
         starts: record.starts,
         receipt: record.receipt.clone(),
         docked: record.docked.clone(),
+        snapshots: 0,
     };
     let (commands, receiver) = mpsc::channel(64);
     let (view, view_receiver) = watch::channel(first.clone());
@@ -248,6 +267,7 @@ fn spawn(
     let starting = match begin {
         Begin::Launch(claim) => Some(bring_up(&context, &directory, &record, Disk::New, claim, step_sender)),
         Begin::Adopt(process) => Some(adopt(&context, directory.clone(), record.clone(), process)),
+        Begin::RollBack => Some(bring_up(&context, &directory, &record, Disk::Kept, None, step_sender)),
         Begin::Ended => None,
     };
     if record.standbys.is_some() {
@@ -294,10 +314,14 @@ fn bring_up(
         };
         let claim = match (claim, record.launch.begin) {
             (Some(claim), _) => Some(claim),
+            _ if record.rolling_back.is_some() => Some(rollback::claim(&context, &record).await?),
             _ if record.docked.is_some() => Some(Claim::of_parked(&context, &record).await?),
             // A VM that has stopped boots from its disk, however it began.
             _ if disk == Disk::Kept => None,
             (None, burgeon_api::host::Begin::Substrate) => Some(Claim::of_substrate(&context, &record.launch).await?),
+            (None, burgeon_api::host::Begin::Snapshot) => {
+                Some(Claim::of_snapshot_of_other(&context, &record.launch).await?)
+            }
             (None, burgeon_api::host::Begin::Fork) => {
                 return Err(Error::unavailable("the instant that it was to go on from is gone"));
             }
@@ -429,6 +453,7 @@ impl Owner {
                 if let Some(receipt) = up.receipt.clone() {
                     self.record.receipt = Some(receipt);
                     self.record.awaits_receipt = false;
+                    self.record.rolling_back = None;
                     // Before anybody is told that it runs: the next host process ends one without.
                     self.store();
                     self.forget_kept();
@@ -461,7 +486,7 @@ impl Owner {
                 }
             }
             // What is kept of it is as it was.
-            Err(error) if self.record.docked.is_some() => {
+            Err(error) if self.record.goes_on() => {
                 self.finish(Observed::Parked { reason: format!("it could not go on: {error}") });
             }
             // Its disk is its own, and it may boot from that.
@@ -596,19 +621,11 @@ impl Owner {
 
     /// The VM is over, one way or the other.
     fn finish(&mut self, observed: Observed) {
-        self.up = None;
-        self.base = None;
-        self.context.standbys.ended(self.record.launch.id);
-        self.retry_at = None;
-        self.disk_retry_at = None;
-        self.sessions.clear();
         if let Some(process) = self.held() {
             // A failed start: nothing of it may stay behind.
             process.kill();
         }
-        // Their only client is gone, so this takes no time.
-        self.context.disks.close_all(self.record.launch.id);
-        self.context.groups.remove(&group_name(&self.record.launch));
+        self.let_go();
         self.record.ended = Some(observed.clone());
         // Nobody could resume it.
         self.record.paused = false;
@@ -622,6 +639,19 @@ impl Owner {
                 drop(done.send(Ok(())));
             }
         }
+    }
+
+    /// Lets go of all that belongs to a process that is gone.
+    fn let_go(&mut self) {
+        self.up = None;
+        self.base = None;
+        self.context.standbys.ended(self.record.launch.id);
+        self.retry_at = None;
+        self.disk_retry_at = None;
+        self.sessions.clear();
+        // Their only client is gone, so this takes no time.
+        self.context.disks.close_all(self.record.launch.id);
+        self.context.groups.remove(&group_name(&self.record.launch));
     }
 
     fn store(&self) {
@@ -663,6 +693,10 @@ impl Owner {
         match command {
             Command::Stop { mode, done } => self.stop(mode, done).await,
             Command::Start { starts, done } => drop(done.send(self.start_again(starts))),
+            Command::RollBack { starts, snapshot, done } => {
+                let outcome = self.roll_back(starts, &snapshot).await;
+                drop(done.send(outcome));
+            }
             Command::Remove { done } => {
                 self.removing = Some(done);
                 self.kill();
@@ -684,7 +718,8 @@ impl Owner {
                 self.sessions.clear();
                 drop(done.send(Ok(())));
             }
-            Command::Gate { reply } => drop(reply.send(self.gate())),
+            Command::Gate { reply } => drop(reply.send(self.gate(false))),
+            Command::GateOfKept { reply } => drop(reply.send(self.gate(true))),
             Command::Docked { docked, observed, done } => {
                 let outcome = self.dock(*docked, observed).await;
                 drop(done.send(outcome));
@@ -739,14 +774,19 @@ impl Owner {
         self.monitor = None;
     }
 
-    fn gate(&self) -> Result<Gate> {
+    fn gate(&self, of_kept: bool) -> Result<Gate> {
         let (name, observed) = (&self.record.launch.name, self.view.borrow().observed.clone());
         if observed == Observed::Docked {
             return Err(Error::conflict(format!("{name} is a substrate: others go on from it as it is"))
                 .with_hint(format!("make a VM of it: burgeon vm create --substrate {name}")));
         }
-        let is_over = matches!(observed, Observed::Stopped { .. } | Observed::Failed { .. });
-        if matches!(observed, Observed::Parked { .. }) {
+        if let Some(snapshot) = self.record.rolling_back.as_ref().filter(|_| self.up.is_none()) {
+            return Err(Error::conflict(format!("VM {name} is to go on from snapshot {snapshot}, and has not yet"))
+                .with_hint(format!("let it go on first: burgeon vm start {name}")));
+        }
+        let is_parked = matches!(observed, Observed::Parked { .. });
+        let is_over = is_parked || matches!(observed, Observed::Stopped { .. } | Observed::Failed { .. });
+        if is_parked && !of_kept {
             return Err(Error::conflict(format!("VM {name} is parked, and its memory fits its disks as they are"))
                 .with_hint(format!("let it go on first: burgeon vm start {name}")));
         }
@@ -783,12 +823,12 @@ impl Owner {
             let (name, observed) = (&self.record.launch.name, observed.name());
             return Err(Error::conflict(format!("VM {name} is {observed}: only one that has stopped can be started")));
         }
-        let Ok(_gate) = self.gate.try_lock() else {
+        let Ok(_gate) = self.gate.clone().try_lock_owned() else {
             let name = &self.record.launch.name;
             return Err(Error::conflict(format!("the disks of VM {name} are being changed")));
         };
         // One that boots is nobody's copy any more; one that goes on gets a new receipt.
-        let receipt = self.record.receipt.clone().filter(|_| self.record.docked.is_some());
+        let receipt = self.record.receipt.clone().filter(|_| self.record.goes_on());
         let record = Record {
             starts,
             receipt,
@@ -796,13 +836,19 @@ impl Owner {
             user: None,
             limits: Vec::new(),
             awaits_receipt: false,
-            frozen: self.record.frozen && self.record.docked.is_some(),
+            frozen: self.record.frozen && self.record.goes_on(),
             paused: false,
             ended: None,
             ..self.record.clone()
         };
         record.store(&self.directory)?;
         self.record = record;
+        self.begin_again();
+        Ok(())
+    }
+
+    /// Brings it up as its record says, which is written down.
+    fn begin_again(&mut self) {
         self.guest_reason = None;
         let (sender, steps) = mpsc::unbounded_channel();
         self.steps = steps;
@@ -812,7 +858,6 @@ impl Owner {
             view.guest = None;
             view.start_times = Vec::new();
         });
-        Ok(())
     }
 
     async fn stop(&mut self, mode: StopMode, done: oneshot::Sender<Result<()>>) {
@@ -938,8 +983,10 @@ async fn channel_ended(agent: &AgentClient) -> Error {
     error
 }
 
-/// Adds the figures that the host's kernel keeps of a VM's process.
-pub(crate) fn with_figures(mut view: HostVm) -> HostVm {
+/// Adds the figures that the host's kernel keeps of a VM's process, and how many snapshots its directory has.
+pub(crate) fn with_figures(mut view: HostVm, directory: &Path) -> HostVm {
+    let snapshots = snapshots::names(directory).map_or(0, |names| names.len());
+    view.snapshots = u32::try_from(snapshots).unwrap_or(u32::MAX);
     if let Some(pid) = view.pid {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         view.resident = status

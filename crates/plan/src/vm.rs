@@ -7,7 +7,8 @@
 //! ```text
 //! intent    on the host             not on the host
 //! running   Start, if it stopped    never launched: Launch   launched: ReportLost   ended: nothing
-//!           and a start is awaited
+//!           and a start is awaited;
+//!           RollBack, if that is
 //! stopped   Stop, unless it ended   never launched: nothing  launched: ReportLost   ended: nothing
 //! removed   Remove                  Forget
 //! (no row)  RemoveOrphan, unless its row is just being created
@@ -21,6 +22,7 @@
 //!   again would give a blank disk under an old name.
 //! - **A VM that has stopped starts only when its user says so.** Each such start has a number, in its row and on the
 //!   host: the host is asked while it has not begun the row's. A VM that stops later has none that is awaited.
+//! - **A rollback is a start with a number too**, which need not wait until the VM has stopped.
 //! - **`launched_before`** is written when the host has confirmed the launch, or the VM was seen there.
 //!   Before that, launching again is safe: the host knows the id.
 //! - **Orphans** come from a launch that was under way when its VM was removed. Meta is the truth, so
@@ -35,6 +37,8 @@ use burgeon_api::{
     vm::{HostVm, Intent, Observed},
 };
 
+use crate::snapshot::can_return;
+
 /// A row of meta.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wanted {
@@ -46,6 +50,8 @@ pub struct Wanted {
     pub ended: bool,
     /// How often its user has asked to start it again.
     pub starts: u32,
+    /// The last of these starts returns it to this snapshot, whatever it does before.
+    pub rollback: Option<String>,
 }
 
 /// What is known of the host.
@@ -80,6 +86,12 @@ pub enum Action {
         id: VmId,
         starts: u32,
     },
+    /// End it if it runs, and have it go on from a snapshot of it.
+    RollBack {
+        id: VmId,
+        starts: u32,
+        snapshot: String,
+    },
     /// Record it as failed, with this reason, and as ended.
     ReportLost {
         id: VmId,
@@ -99,6 +111,7 @@ impl Action {
             | Action::RemoveOrphan { id }
             | Action::Launch { id }
             | Action::Start { id, .. }
+            | Action::RollBack { id, .. }
             | Action::ReportLost { id, .. }
             | Action::Forget { id } => *id,
         }
@@ -109,7 +122,7 @@ impl Action {
         match self {
             Action::Stop { .. } | Action::Remove { .. } | Action::RemoveOrphan { .. } => 0,
             Action::ReportLost { .. } | Action::Forget { .. } => 1,
-            Action::Launch { .. } | Action::Start { .. } => 2,
+            Action::Launch { .. } | Action::Start { .. } | Action::RollBack { .. } => 2,
         }
     }
 }
@@ -147,9 +160,13 @@ fn decide_one(row: &Wanted, on_host: Option<&HostVm>) -> Option<Action> {
         (Intent::Removed, Some(_)) => Some(Action::Remove { id }),
         (Intent::Removed, None) => Some(Action::Forget { id }),
         (Intent::Stopped, Some(vm)) => (!is_over(&vm.observed)).then_some(Action::Stop { id }),
-        (Intent::Running, Some(vm)) => {
-            is_start_awaited(row.starts, vm).then_some(Action::Start { id, starts: row.starts })
-        }
+        (Intent::Running, Some(vm)) => match &row.rollback {
+            Some(snapshot) if vm.starts < row.starts => {
+                let (starts, snapshot) = (row.starts, snapshot.clone());
+                can_return(&vm.observed).then_some(Action::RollBack { id, starts, snapshot })
+            }
+            _ => is_start_awaited(row.starts, vm).then_some(Action::Start { id, starts: row.starts }),
+        },
         (_, None) if row.ended => None,
         (_, None) if row.launched_before => Some(Action::ReportLost { id, reason: LOST.to_string() }),
         (Intent::Running, None) => Some(Action::Launch { id }),

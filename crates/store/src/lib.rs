@@ -16,6 +16,7 @@ pub mod pack;
 pub mod places;
 #[cfg(feature = "s3")]
 pub mod remote;
+pub mod rollback;
 mod schema;
 pub mod sql;
 pub mod steps;

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use crate::{
     chunk_store::Watch,
     places::Owner,
+    rollback::RollBack,
     schema::META,
     sql::{Address, Connection, Database, Row, Table, claim_owner, copy, make_room},
 };
@@ -50,6 +51,8 @@ pub struct VmRow {
     pub substrate: Option<Recipe>,
     /// When it is removed or parked by itself.
     pub life: Life,
+    /// Where the last of its starts is a return to a snapshot of it.
+    pub rollback: Option<RollBack>,
 }
 
 impl VmRow {
@@ -70,6 +73,7 @@ impl VmRow {
             source: None,
             substrate: None,
             life: Life::default(),
+            rollback: None,
         }
     }
 }
@@ -160,7 +164,7 @@ impl Meta {
                         .with_hint(format!("choose another name, or remove it: burgeon vm rm {}", row.name)));
                 }
                 connection.execute(
-                    "INSERT INTO vm VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
+                    "INSERT INTO vm VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
                     &[
                         row.id.to_string().into(),
                         row.name.as_str().into(),
@@ -176,6 +180,7 @@ impl Meta {
                         row.source.as_ref().map(to_json).into(),
                         row.substrate.as_ref().map(to_json).into(),
                         (!row.life.is_endless()).then(|| to_json(&row.life)).into(),
+                        row.rollback.as_ref().map(to_json).into(),
                     ],
                 )?;
                 Ok(row.clone())
@@ -263,11 +268,11 @@ impl Meta {
             .await
     }
 
-    /// Wants a VM that has stopped started again.
+    /// Wants a VM that has stopped started again, or one returned to a snapshot of it.
     ///
     /// # Errors
     /// `NotFound`; `Conflict` when the row is not the one that the caller has seen.
-    pub async fn start_again(&self, seen: VmRow) -> Result<VmRow> {
+    pub async fn start_again(&self, seen: VmRow, rollback: Option<RollBack>) -> Result<VmRow> {
         self.database
             .write("start VM", move |connection| {
                 let row = VmRow {
@@ -275,16 +280,19 @@ impl Meta {
                     observed: Observed::Pending,
                     version: seen.version + 1,
                     starts: seen.starts + 1,
+                    rollback: rollback.clone(),
                     ..seen.clone()
                 };
                 let changed = connection.execute(
-                    "UPDATE vm SET intent = $2, observed = $3, version = $4, starts = $5 WHERE id = $1 AND version = $6",
+                    "UPDATE vm SET intent = $2, observed = $3, version = $4, starts = $5, rollback = $6 \
+                     WHERE id = $1 AND version = $7",
                     &[
                         row.id.to_string().into(),
                         to_json(&row.intent).into(),
                         to_json(&row.observed).into(),
                         row.version.into(),
                         u64::from(row.starts).into(),
+                        row.rollback.as_ref().map(to_json).into(),
                         seen.version.into(),
                     ],
                 )?;
@@ -472,6 +480,7 @@ fn read_vm(row: &Row) -> Result<VmRow> {
         source: row.optional_text(11)?.map(from_json).transpose()?,
         substrate: row.optional_text(12)?.map(from_json).transpose()?,
         life: row.optional_text(13)?.map(from_json).transpose()?.unwrap_or_default(),
+        rollback: row.optional_text(14)?.map(from_json).transpose()?,
     })
 }
 
@@ -506,10 +515,10 @@ mod tests {
         let (_directory, meta) = open();
         let web = meta.create_vm(row("web")).await.unwrap();
         let stopped = meta.set_intent(web.id, Intent::Stopped, None).await.unwrap();
-        let again = meta.start_again(stopped.clone()).await.unwrap();
+        let again = meta.start_again(stopped.clone(), None).await.unwrap();
         assert_eq!((again.intent, again.starts, again.version), (Intent::Running, 1, 3));
         assert_eq!(meta.vm("web").await.unwrap(), again);
-        assert_eq!(meta.start_again(stopped).await.unwrap_err().kind, ErrorKind::Conflict);
+        assert_eq!(meta.start_again(stopped, None).await.unwrap_err().kind, ErrorKind::Conflict);
     }
 
     #[tokio::test]

@@ -29,6 +29,18 @@ pub enum Step {
     ImagePublished,
     /// A page of chunks is deleted.
     ChunksSwept,
+    /// A VM's instant is captured, it goes on, and nothing names what was captured.
+    SnapshotCaptured,
+    /// All of a snapshot is kept, and it is not in its place.
+    SnapshotKept,
+    /// A VM's row says that it is to return to a snapshot, and its host knows nothing of that.
+    RollbackWanted,
+    /// A VM is to return to a snapshot, and its process still runs.
+    RollbackRecorded,
+    /// Its disks have returned, and nothing goes on from them.
+    DisksRolledBack,
+    /// It has gone on from the snapshot, and nobody was told.
+    RolledBack,
     /// A pack is given up, and is still an object.
     PackDropping,
     /// A dropped pack is no object any more, and still in the catalog.
@@ -44,7 +56,7 @@ pub enum Step {
 }
 
 impl Step {
-    pub const ALL: [Step; 17] = [
+    pub const ALL: [Step; 23] = [
         Step::ObjectBeside,
         Step::PackWritten,
         Step::PackKnown,
@@ -56,6 +68,12 @@ impl Step {
         Step::ImageKept,
         Step::ImagePublished,
         Step::ChunksSwept,
+        Step::SnapshotCaptured,
+        Step::SnapshotKept,
+        Step::RollbackWanted,
+        Step::RollbackRecorded,
+        Step::DisksRolledBack,
+        Step::RolledBack,
         Step::PackDropping,
         Step::PackDeleted,
         Step::PackJoined,

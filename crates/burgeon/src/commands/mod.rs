@@ -12,6 +12,7 @@ mod image_remote;
 mod image_serve;
 mod pipeline;
 mod serve;
+mod snapshot;
 mod store;
 mod substrate;
 mod vm;

@@ -44,7 +44,7 @@ pub(super) async fn run(context: &Context, command: SubstrateCommand) -> Result<
     }
 }
 
-fn of(substrate: &str) -> String {
+pub(super) fn of(substrate: &str) -> String {
     format!("/v1/substrates/{}", escape(substrate))
 }
 
@@ -201,9 +201,10 @@ fn new_vms(name: Option<String>, count: u32) -> (Vec<VmId>, Vec<String>) {
     (ids, names)
 }
 
+/// `source`: the path of what they go on from.
 pub(super) async fn activate(
     context: &Context,
-    substrate: &str,
+    source: &str,
     name: Option<String>,
     count: u32,
     life: SetLife,
@@ -211,8 +212,7 @@ pub(super) async fn activate(
 ) -> Result<u8> {
     let client = context.client()?;
     let (ids, names) = new_vms(name, count);
-    let mut vms: Vec<VmView> =
-        client.post(&format!("{}/vms", of(substrate)), &ActivateVms { ids, names, life }).await?;
+    let mut vms: Vec<VmView> = client.post(&format!("{source}/vms"), &ActivateVms { ids, names, life }).await?;
     let mut failed = None;
     if wait {
         for vm in &mut vms {

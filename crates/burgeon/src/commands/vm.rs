@@ -30,7 +30,12 @@ use crate::{
 pub(super) async fn run(context: &Context, command: VmCommand) -> Result<u8> {
     match command {
         VmCommand::Create { substrate: Some(substrate), name, count, life, no_wait, .. } => {
-            super::substrate::activate(context, &substrate, name, count, set_life(life), !no_wait).await
+            let of = super::substrate::of(&substrate);
+            super::substrate::activate(context, &of, name, count, set_life(life), !no_wait).await
+        }
+        VmCommand::Create { snapshot: Some(snapshot), name, count, life, no_wait, .. } => {
+            let of = super::snapshot::named(&snapshot)?;
+            super::substrate::activate(context, &of, name, count, set_life(life), !no_wait).await
         }
         VmCommand::Create { image, name, profile, ssh_key, user, life, no_wait, .. } => {
             let image = image.ok_or_else(|| Error::invalid("neither an image nor a substrate is named"))?;
@@ -53,6 +58,10 @@ pub(super) async fn run(context: &Context, command: VmCommand) -> Result<u8> {
         VmCommand::Set { vms, life } => set(context, &vms, set_life(life)).await,
         VmCommand::Pause { vms } => each(context, &vms, "pause").await,
         VmCommand::Resume { vms } => each(context, &vms, "resume").await,
+        VmCommand::Snapshot { vm, name } => super::snapshot::take(context, &vm, name).await,
+        VmCommand::Snapshots { vm, rm } if rm.is_empty() => super::snapshot::list(context, &vm).await,
+        VmCommand::Snapshots { vm, rm } => super::snapshot::remove(context, &vm, &rm).await,
+        VmCommand::Rollback { vm, snapshot } => super::snapshot::roll_back(context, &vm, snapshot).await,
         VmCommand::Receipt(VmName { vm }) => super::substrate::receipt(context, &vm).await,
         VmCommand::Freeze(VmName { vm }) => verb(context, &vm, "freeze").await,
         VmCommand::Thaw(VmName { vm }) => verb(context, &vm, "thaw").await,
@@ -265,6 +274,7 @@ async fn show(context: &Context, vm: &str, timing: bool) -> Result<u8> {
         lines.push(("resident", host.resident.map(|size| size.to_string()).unwrap_or_default()));
         lines.push(("cpu time", host.cpu_milliseconds.map(output::time).unwrap_or_default()));
         lines.push(("adoptions", host.adoptions.to_string()));
+        lines.push(("snapshots", host.snapshots.to_string()));
         if let Some(guest) = &host.guest {
             lines.push(("kernel", guest.kernel.clone()));
             lines.push(("agent", guest.agent_version.clone()));

@@ -198,6 +198,7 @@ pub(crate) fn send(pid: u32, signal: &str) -> rustix::io::Result<()> {
         "BUS" => rustix::process::Signal::BUS,
         "INT" => rustix::process::Signal::INT,
         "STOP" => rustix::process::Signal::STOP,
+        "CONT" => rustix::process::Signal::CONT,
         _ => rustix::process::Signal::KILL,
     };
     rustix::process::kill_process(pid, signal)

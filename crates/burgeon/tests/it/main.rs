@@ -22,5 +22,6 @@ mod pipelines;
 mod postgres;
 #[path = "../../../store/tests/it/s3_server.rs"]
 mod s3_server;
+mod snapshots;
 mod substrates;
 mod vms;

@@ -135,7 +135,7 @@ async fn activate(
     }
     let image = state.host.image_of(source.id).await?;
     let life = Life::default().set(&request.life, now_s());
-    let mut rows = substrates::rows(&source, &image, Begin::Substrate, &request.ids, &request.names)?;
+    let mut rows = substrates::rows(&source, None, &image, Begin::Substrate, &request.ids, &request.names)?;
     rows.iter_mut().for_each(|row| row.life = life.clone());
     let rows = substrates::record(&state, rows).await?;
     Ok(Json(rows.into_iter().map(|row| state.view(row)).collect()))

@@ -202,7 +202,7 @@ async fn start(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<Js
         let row = match burgeon_plan::vm::start(&view.name, view.intent, &view.observed, row.launched)? {
             Start::Nothing => return Ok(Json(view)),
             Start::First => state.intend(row.id, Intent::Running, None).await?,
-            Start::Again => match state.meta.start_again(row).await {
+            Start::Again => match state.meta.start_again(row, None).await {
                 // Somebody else was quicker: what they did decides.
                 Err(error) if error.kind == ErrorKind::Conflict => continue,
                 outcome => outcome?,

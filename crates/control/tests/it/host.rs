@@ -177,6 +177,7 @@ fn running(id: VmId, name: String) -> HostVm {
         starts: 0,
         receipt: None,
         docked: None,
+        snapshots: 0,
     }
 }
 

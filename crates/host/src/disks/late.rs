@@ -131,7 +131,7 @@ impl Disks {
     }
 
     /// Names of the disks that a VM of this image has plugged in.
-    fn in_use(&self, launch: &Launch, source: VmId) -> Result<Vec<String>> {
+    pub(super) fn in_use(&self, launch: &Launch, source: VmId) -> Result<Vec<String>> {
         let beside = self.attached(source)?.into_iter().map(|attached| attached.disk);
         Ok(root(launch)?.map(|_| ROOT.to_string()).into_iter().chain(beside).collect())
     }

@@ -7,6 +7,7 @@
 mod attached;
 mod handover;
 mod late;
+mod snapshots;
 mod storing;
 mod verbs;
 
@@ -95,7 +96,15 @@ pub fn disk_roots(layout: &Layout, problems: &mut Vec<Problem>) -> Result<Vec<(S
                 }),
             }
         }
-        roots.extend(record.ok().and_then(|record| memory_root(&record)));
+        let Ok(record) = record else { continue };
+        roots.extend(memory_root(&record));
+        match snapshots::memory_roots(&vm, record.launch.id) {
+            Ok(of_snapshots) => roots.extend(of_snapshots),
+            Err(error) => problems.push(Problem {
+                place: vm.display().to_string(),
+                what: format!("which memories its snapshots hold cannot be told: {}", error.message),
+            }),
+        }
     }
     Ok(roots)
 }
@@ -210,7 +219,7 @@ impl Disks {
             Disk::open(&directory, &self.open_base()).map_err(|error| error.context(format!("disk {}", key.1)))?,
         );
         // While nobody else has it.
-        let had_sealed = handover::end_all(&disk)?;
+        let had_sealed = handover::end_all(&disk)? | snapshots::end_unneeded(&self.layout.vm(key.0), &disk)?;
         open.insert(key.clone(), Arc::downgrade(&disk));
         drop(open);
         if had_sealed {
@@ -401,6 +410,13 @@ impl Disks {
             match crate::record::Record::load(&self.layout.vm(*id)) {
                 Ok(record) => kept.extend(memory_root(&record).map(|(name, _)| name)),
                 Err(_) => drop(unread.insert(format!("{id}/"))),
+            }
+            match snapshots::memory_roots(&self.layout.vm(*id), *id) {
+                Ok(roots) => kept.extend(roots.into_iter().map(|(name, _)| name)),
+                Err(error) => {
+                    tracing::error!(vm = %id, %error, "a VM's snapshots do not read");
+                    unread.insert(format!("{id}/"));
+                }
             }
             for name in self.names(*id) {
                 let key = (*id, name);

@@ -80,6 +80,7 @@ impl Disks {
     /// # Errors
     /// As [`Disk::remove_snapshot`].
     pub(crate) fn remove_snapshot(&self, key: &Key, name: &str) -> Result<()> {
+        burgeon_api::name::check("snapshot", name)?;
         let disk = self.disk(key)?;
         disk.remove_snapshot(name)?;
         self.let_go(key, &disk)
@@ -179,6 +180,13 @@ impl Disks {
         if self.attached(key.0)?.iter().any(|attached| attached.disk == key.1) {
             return Err(Error::conflict(format!("disk {} is plugged in", key.1))
                 .with_hint(format!("detach it first: burgeon vm disk detach VM {}", key.1)));
+        }
+        // One that does not open may go.
+        if let Ok(disk) = self.disk(key)
+            && let Some(snapshot) = super::snapshots::of_vm(&disk.record()).next()
+        {
+            return Err(Error::conflict(format!("disk {} is in snapshot {snapshot} of its VM", key.1))
+                .with_hint(format!("remove that first: burgeon vm snapshots VM --rm {snapshot}")));
         }
         let directory = self.directory(key);
         // In one step, so that no half of it is ever found.

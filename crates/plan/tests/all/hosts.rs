@@ -31,6 +31,7 @@ fn host_vm(number: u8, observed: Observed) -> HostVm {
         starts: 0,
         receipt: None,
         docked: None,
+        snapshots: 0,
     }
 }
 
@@ -52,6 +53,7 @@ fn kind(action: &Action) -> &'static str {
         Action::RemoveOrphan { .. } => "remove orphan",
         Action::Launch { .. } => "launch",
         Action::Start { .. } => "start",
+        Action::RollBack { .. } => "roll back",
         Action::ReportLost { .. } => "report lost",
         Action::Forget { .. } => "forget",
     }
@@ -90,7 +92,7 @@ fn each_case_has_its_action() {
         (Removed, true, false, unknown, "remove"),
         (Removed, false, false, failed, "remove"),
     ] {
-        let row = Wanted { id: id(1), intent, launched_before, ended, starts: 0 };
+        let row = Wanted { id: id(1), intent, launched_before, ended, starts: 0, rollback: None };
         let seen = HostSeen::Reachable(on_host.into_iter().map(|observed| host_vm(1, observed)).collect());
         let actions = decide(std::slice::from_ref(&row), &Others::default(), &seen);
         let told: Vec<&str> = actions.iter().map(kind).collect();
@@ -120,7 +122,14 @@ fn a_removal_does_not_wait_for_a_guest_that_stops() {
 
 #[test]
 fn clients_are_told_what_is_known() {
-    let row = |launched_before| Wanted { id: id(1), intent: Intent::Running, launched_before, ended: false, starts: 0 };
+    let row = |launched_before| Wanted {
+        id: id(1),
+        intent: Intent::Running,
+        launched_before,
+        ended: false,
+        starts: 0,
+        rollback: None,
+    };
     let away = HostSeen::Unreachable { reason: "refused".into() };
     let empty = HostSeen::Reachable(Vec::new());
     let end = Observed::Stopped { reason: "done".into() };
@@ -140,7 +149,8 @@ fn clients_are_told_what_is_known() {
 
 #[test]
 fn a_stopped_vm_starts_once_for_each_time_it_was_asked() {
-    let row = |intent, starts| Wanted { id: id(1), intent, launched_before: true, ended: false, starts };
+    let row =
+        |intent, starts| Wanted { id: id(1), intent, launched_before: true, ended: false, starts, rollback: None };
     let on_host = |observed, starts| HostSeen::Reachable(vec![HostVm { starts, ..host_vm(1, observed) }]);
     let (running, stopped, failed) = (state(2), state(3), state(4));
     let start = |starts| Some(Action::Start { id: id(1), starts });
@@ -165,6 +175,36 @@ fn a_stopped_vm_starts_once_for_each_time_it_was_asked() {
     // Its directory is gone, and its disk with it: nothing is started from a blank one.
     let lost = decide(&[row(Running, 1)], &Others::default(), &HostSeen::Reachable(Vec::new()));
     assert_eq!(lost, [Action::ReportLost { id: id(1), reason: LOST.into() }]);
+}
+
+#[test]
+fn a_rollback_is_asked_for_until_the_host_has_begun_it() {
+    let wish = |intent, starts| Wanted {
+        id: id(1),
+        intent,
+        launched_before: true,
+        ended: false,
+        starts,
+        rollback: Some("s1".into()),
+    };
+    let on_host = |observed, starts| HostSeen::Reachable(vec![HostVm { starts, ..host_vm(1, observed) }]);
+    let back = Some(Action::RollBack { id: id(1), starts: 2, snapshot: "s1".into() });
+    use Intent::{Running, Stopped};
+    for (intent, observed, begun, expected) in [
+        (Running, state(2), 1, back.clone()),
+        (Running, state(3), 0, back.clone()),
+        (Running, state(4), 1, back),
+        // Not while it starts, or is looked for; and once.
+        (Running, state(1), 1, None),
+        (Running, state(5), 1, None),
+        (Running, state(2), 2, None),
+        (Running, state(3), 2, None),
+        // Whoever changed their mind since is obeyed.
+        (Stopped, state(2), 1, Some(Action::Stop { id: id(1) })),
+    ] {
+        let actions = decide(&[wish(intent, 2)], &Others::default(), &on_host(observed.clone(), begun));
+        assert_eq!(actions.first(), expected.as_ref(), "{intent:?} {observed:?} {begun}");
+    }
 }
 
 #[test]
@@ -238,6 +278,11 @@ impl World {
                 assert!(matches!(vm.observed, Observed::Stopped { .. }) && vm.starts < *starts);
                 (vm.observed, vm.starts) = (Observed::Running, *starts);
             }
+            Action::RollBack { starts, .. } => {
+                let vm = self.host.get_mut(&id).unwrap();
+                assert!(vm.starts < *starts);
+                (vm.observed, vm.starts) = (Observed::Running, *starts);
+            }
             Action::ReportLost { .. } => {
                 let row = self.rows.get_mut(&id).unwrap();
                 assert!(row.launched_before && !row.ended && !self.host.contains_key(&id));
@@ -254,14 +299,15 @@ impl World {
 proptest! {
     #[test]
     fn decisions_converge(
-        rows in prop::collection::vec((0u8..12, 0u8..3, any::<bool>(), any::<bool>(), 0u32..3), 0..12),
+        rows in prop::collection::vec((0u8..12, 0u8..3, any::<bool>(), any::<bool>(), 0u32..3, any::<bool>()), 0..12),
         host in prop::collection::vec((0u8..12, 0u8..6), 0..12),
         carried_out in prop::collection::vec(any::<bool>(), 0..40),
     ) {
         let intent = |number| [Intent::Running, Intent::Stopped, Intent::Removed][usize::from(number)];
         let mut world = World {
-            rows: rows.iter().map(|&(number, wanted, launched_before, ended, starts)| {
-                (id(number), Wanted { id: id(number), intent: intent(wanted), launched_before, ended, starts })
+            rows: rows.iter().map(|&(number, wanted, launched_before, ended, starts, returns)| {
+                let rollback = returns.then(|| "s1".to_string());
+                (id(number), Wanted { id: id(number), intent: intent(wanted), launched_before, ended, starts, rollback })
             }).collect(),
             host: host.iter().map(|&(number, seen)| (id(number), host_vm(number, state(seen)))).collect(),
         };

@@ -37,7 +37,13 @@ const COLLECT: [Step; 8] = [
 ];
 
 /// Those that the tests of the whole product die at.
-const ELSEWHERE: [Step; 9] = [
+const ELSEWHERE: [Step; 15] = [
+    Step::SnapshotCaptured,
+    Step::SnapshotKept,
+    Step::RollbackWanted,
+    Step::RollbackRecorded,
+    Step::DisksRolledBack,
+    Step::RolledBack,
     Step::PackWritten,
     Step::PackKnown,
     Step::RootSet,

@@ -1,12 +1,15 @@
 //! Meta's behaviour.
 
 use burgeon_api::{
-    ErrorKind, PipelineId, VmId,
+    ErrorKind, PipelineId, RequestId, VmId,
     life::Life,
     profile::Profile,
     vm::{Intent, Observed},
 };
-use burgeon_store::meta::{Meta, VmRow};
+use burgeon_store::{
+    meta::{Meta, VmRow},
+    rollback::RollBack,
+};
 
 use super::{Home, on_both_engines};
 
@@ -16,6 +19,7 @@ pub(crate) fn row(name: &str) -> VmRow {
 
 on_both_engines! {
     a_vm_lives_in_meta,
+    a_rollback_is_kept_until_the_next_start,
     a_refusal_does_not_take_its_group_with_it,
     the_vms_of_a_run_are_removed_together,
     what_is_kept_is_there_after_opening_again,
@@ -42,6 +46,24 @@ async fn a_vm_lives_in_meta(home: Home) {
     assert_eq!(late.kind, ErrorKind::Conflict, "no time is given to one that goes: {late}");
     meta.forget_vm(web.id).await.unwrap();
     assert_eq!(meta.vm("web").await.unwrap_err().kind, ErrorKind::NotFound);
+}
+
+async fn a_rollback_is_kept_until_the_next_start(home: Home) {
+    let meta = Meta::open(&home.address).unwrap();
+    let web = meta.create_vm(row("web")).await.unwrap();
+    let wish = RollBack { request: RequestId::generate(), snapshot: "s1".into() };
+    let back = meta.start_again(web.clone(), Some(wish.clone())).await.unwrap();
+    assert_eq!((back.rollback.as_ref(), back.starts, back.version), (Some(&wish), 1, 2));
+    assert_eq!(meta.vm("web").await.unwrap(), back);
+    // One that the host has refused never was; a row that has changed since is left alone.
+    meta.take_back_rollback(web).await.unwrap();
+    assert_eq!(meta.vm("web").await.unwrap(), back);
+    meta.take_back_rollback(back).await.unwrap();
+    let row = meta.vm("web").await.unwrap();
+    assert_eq!((row.rollback.as_ref(), row.starts, row.version), (None, 0, 3));
+    let back = meta.start_again(row, Some(wish)).await.unwrap();
+    let again = meta.start_again(back, None).await.unwrap();
+    assert_eq!((again.rollback, again.starts), (None, 2));
 }
 
 async fn a_refusal_does_not_take_its_group_with_it(home: Home) {
