@@ -14,7 +14,7 @@ use crate::{
     http::Setting,
     image::Image,
     profile::Profile,
-    substrate::{Forked, Recipe, Standbys},
+    substrate::{Forked, Keep, Recipe, Standbys},
     vm::{Figures, HostVm},
 };
 
@@ -41,6 +41,9 @@ pub struct Launch {
     pub source: Option<Source>,
     #[serde(default)]
     pub begin: Begin,
+    /// Where it goes on from another VM's memory.
+    #[serde(default)]
+    pub keep: Keep,
 }
 
 /// How a VM begins.

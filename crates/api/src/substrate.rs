@@ -114,6 +114,18 @@ pub struct ForkVm {
     /// One that fails makes all fail.
     #[serde(default)]
     pub all_or_nothing: bool,
+    #[serde(default)]
+    pub keep: Keep,
+}
+
+/// What a VM keeps of the one whose memory it goes on from. Without these it is ended or removed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Keep {
+    /// TCP connections to other machines.
+    pub connections: bool,
+    /// What is in `/run/burgeon/secrets`.
+    pub secrets: bool,
 }
 
 /// What became of a fork.
@@ -139,6 +151,8 @@ pub struct ActivateVms {
     /// Without end when absent.
     #[serde(default)]
     pub life: crate::life::SetLife,
+    #[serde(default)]
+    pub keep: Keep,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -177,6 +177,9 @@ pub enum VmCommand {
         /// The user who may log in with the keys; the image's own without it
         #[arg(long, value_name = "NAME", requires = "ssh_key")]
         user: Option<String>,
+        /// Leave TCP connections that the substrate has to other machines open, instead of ending them
+        #[arg(long, requires = "substrate")]
+        keep_connections: bool,
         #[command(flatten)]
         life: LifeArguments,
         /// Do not wait until it runs
@@ -317,6 +320,12 @@ pub struct ForkArguments {
     /// Keep none of them when one cannot be made
     #[arg(long)]
     pub all_or_nothing: bool,
+    /// Leave TCP connections to other machines open, instead of ending them
+    #[arg(long)]
+    pub keep_connections: bool,
+    /// Leave what is in /run/burgeon/secrets, instead of removing it
+    #[arg(long)]
+    pub keep_secrets: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -6,7 +6,7 @@ use burgeon_api::{
     Error, ErrorKind, Result, VmId,
     host::{Begin, Source},
     image::Image,
-    substrate::{Child, Forked, Standbys, SubstrateView},
+    substrate::{Child, ForkVm, Forked, Keep, Standbys, SubstrateView},
     vm::{Intent, Observed},
 };
 use burgeon_plan::vm::is_over;
@@ -176,7 +176,13 @@ pub(crate) fn view(state: &Shared, row: &VmRow, all: &[VmRow], standbys: &Waitin
 ///
 /// # Errors
 /// `Invalid` for too many of them, or names that do not fit the ids.
-pub(crate) fn rows(source: &VmRow, image: &Image, begin: Begin, ids: &[VmId], names: &[String]) -> Result<Vec<VmRow>> {
+pub(crate) fn rows(
+    source: &VmRow,
+    image: &Image,
+    (begin, keep): (Begin, Keep),
+    ids: &[VmId],
+    names: &[String],
+) -> Result<Vec<VmRow>> {
     if ids.is_empty() || ids.len() > MOST_AT_ONCE {
         return Err(Error::invalid(format!("{} VMs at once; 1 to {MOST_AT_ONCE} can be made", ids.len())));
     }
@@ -190,7 +196,7 @@ pub(crate) fn rows(source: &VmRow, image: &Image, begin: Begin, ids: &[VmId], na
         let name = names.get(index).cloned().unwrap_or_else(|| format!("{}-{}", source.name, id.short()));
         let from = Source { vm: source.id, snapshot: None };
         VmRow {
-            source: Some(CloneSource { source: from, image: image.clone(), begin }),
+            source: Some(CloneSource { source: from, image: image.clone(), begin, keep }),
             ..VmRow::new(*id, name, source.image.clone(), source.profile.clone(), now_s())
         }
     };
@@ -244,15 +250,10 @@ async fn remove(state: &Shared, ids: &[VmId]) -> Result<()> {
 ///
 /// # Errors
 /// Those of the rows, and the host's; with `all_or_nothing` that of any child. Then there are no children.
-pub(crate) async fn fork(
-    state: &Shared,
-    source: VmRow,
-    ids: Vec<VmId>,
-    names: Vec<String>,
-    all_or_nothing: bool,
-) -> Result<Forked> {
+pub(crate) async fn fork(state: &Shared, source: VmRow, request: ForkVm) -> Result<Forked> {
+    let ForkVm { ids, names, all_or_nothing, keep } = request;
     let image = state.host.image_of(source.id).await?;
-    let rows = rows(&source, &image, Begin::Fork, &ids, &names)?;
+    let rows = rows(&source, &image, (Begin::Fork, keep), &ids, &names)?;
     let there = there(state, &rows).await?;
     if !there.is_empty() {
         let children = there.into_iter().map(|row| Child { id: row.id, name: row.name, error: None }).collect();

@@ -110,7 +110,7 @@ fn new(launch: &Launch, own: bool, now_ns: u64) -> Result<protocol::Identity> {
         host_name: launch.name.clone(),
         machine_id: (!own).then(|| launch.id.uuid().into_bytes()),
         hardware_addresses,
-        end_connections: !own,
+        end_connections: !own && !launch.keep.connections,
     })
 }
 
@@ -176,7 +176,8 @@ pub(crate) async fn give(
         patient.renew(wanted.clone()).await.map(|receipt| (receipt, Vec::new()))
     } else {
         let key = key.map(|key| Provision::SshHostKey { private: key.private, public: key.public });
-        patient.renew_with(wanted.clone(), key.into_iter().collect()).await
+        let kept = (launch.keep.secrets && !own).then_some(Provision::KeepSecrets);
+        patient.renew_with(wanted.clone(), key.into_iter().chain(kept).collect()).await
     };
     let (shown, more) = shown.map_err(|error| error.context("give the guest its identity"))?;
     // The guest told its time somewhere between the question and the answer.

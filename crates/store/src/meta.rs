@@ -83,6 +83,9 @@ pub struct CloneSource {
     /// Whether it takes over the other's memory too.
     #[serde(default)]
     pub begin: burgeon_api::host::Begin,
+    /// And what it keeps with that.
+    #[serde(default)]
+    pub keep: burgeon_api::substrate::Keep,
 }
 
 /// A row of `pipeline`.

@@ -5,10 +5,9 @@ use std::time::{Duration, Instant};
 use burgeon_api::{
     Error, Result, VmId,
     image::ImageView,
-    life::SetLife,
     profile::Init,
     receipt::Receipt,
-    substrate::{ActivateVms, CreateSubstrate, ForkVm, Forked, KeepStandbys, Recipe, SubstrateView},
+    substrate::{ActivateVms, CreateSubstrate, ForkVm, Forked, Keep, KeepStandbys, Recipe, SubstrateView},
     vm::{Observed, VmView},
 };
 
@@ -191,7 +190,7 @@ async fn dock(context: &Context, substrate: &str, count: Option<u32>, wait: bool
 }
 
 /// Ids and names of new VMs.
-fn new_vms(name: Option<String>, count: u32) -> (Vec<VmId>, Vec<String>) {
+pub(super) fn new_vms(name: Option<String>, count: u32) -> (Vec<VmId>, Vec<String>) {
     let ids = (0..count).map(|_| VmId::generate()).collect();
     let names = match (name, count) {
         (None, _) => Vec::new(),
@@ -201,18 +200,9 @@ fn new_vms(name: Option<String>, count: u32) -> (Vec<VmId>, Vec<String>) {
     (ids, names)
 }
 
-pub(super) async fn activate(
-    context: &Context,
-    substrate: &str,
-    name: Option<String>,
-    count: u32,
-    life: SetLife,
-    wait: bool,
-) -> Result<u8> {
+pub(super) async fn activate(context: &Context, substrate: &str, request: ActivateVms, wait: bool) -> Result<u8> {
     let client = context.client()?;
-    let (ids, names) = new_vms(name, count);
-    let mut vms: Vec<VmView> =
-        client.post(&format!("{}/vms", of(substrate)), &ActivateVms { ids, names, life }).await?;
+    let mut vms: Vec<VmView> = client.post(&format!("{}/vms", of(substrate)), &request).await?;
     let mut failed = None;
     if wait {
         for vm in &mut vms {
@@ -233,9 +223,10 @@ pub(super) async fn activate(
 }
 
 pub(super) async fn fork(context: &Context, arguments: ForkArguments) -> Result<u8> {
-    let ForkArguments { vm, count, name, all_or_nothing } = arguments;
+    let ForkArguments { vm, count, name, all_or_nothing, keep_connections, keep_secrets } = arguments;
     let (ids, names) = new_vms(name, count);
-    let request = ForkVm { ids, names, all_or_nothing };
+    let keep = Keep { connections: keep_connections, secrets: keep_secrets };
+    let request = ForkVm { ids, names, all_or_nothing, keep };
     let forked: Forked = context.client()?.post(&format!("{}/fork", path(&vm)), &request).await?;
     if context.json {
         output::json(&forked)?;

@@ -11,6 +11,7 @@ use burgeon_api::{
     life::SetLife,
     login::{Login, check_key},
     profile::Profile,
+    substrate::{ActivateVms, Keep},
     vm::{Accelerator, Observed, VmView},
 };
 use http_body_util::BodyExt;
@@ -29,8 +30,11 @@ use crate::{
 
 pub(super) async fn run(context: &Context, command: VmCommand) -> Result<u8> {
     match command {
-        VmCommand::Create { substrate: Some(substrate), name, count, life, no_wait, .. } => {
-            super::substrate::activate(context, &substrate, name, count, set_life(life), !no_wait).await
+        VmCommand::Create { substrate: Some(substrate), name, count, keep_connections, life, no_wait, .. } => {
+            let (ids, names) = super::substrate::new_vms(name, count);
+            let keep = Keep { connections: keep_connections, secrets: false };
+            let request = ActivateVms { ids, names, life: set_life(life), keep };
+            super::substrate::activate(context, &substrate, request, !no_wait).await
         }
         VmCommand::Create { image, name, profile, ssh_key, user, life, no_wait, .. } => {
             let image = image.ok_or_else(|| Error::invalid("neither an image nor a substrate is named"))?;

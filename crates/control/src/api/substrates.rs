@@ -135,7 +135,7 @@ async fn activate(
     }
     let image = state.host.image_of(source.id).await?;
     let life = Life::default().set(&request.life, now_s());
-    let mut rows = substrates::rows(&source, &image, Begin::Substrate, &request.ids, &request.names)?;
+    let mut rows = substrates::rows(&source, &image, (Begin::Substrate, request.keep), &request.ids, &request.names)?;
     rows.iter_mut().for_each(|row| row.life = life.clone());
     let rows = substrates::record(&state, rows).await?;
     Ok(Json(rows.into_iter().map(|row| state.view(row)).collect()))
@@ -147,10 +147,9 @@ async fn fork(
     Json(request): Json<ForkVm>,
 ) -> Answer<Json<Forked>> {
     let source = state.meta.vm(&vm).await?;
-    let ForkVm { ids, names, all_or_nothing } = request;
     let of_task = state.clone();
     // Goes on to its end, whether or not the client waits for it.
-    let task = state.tasks.spawn(async move { substrates::fork(&of_task, source, ids, names, all_or_nothing).await });
+    let task = state.tasks.spawn(async move { substrates::fork(&of_task, source, request).await });
     let forked = task.await.map_err(|error| Error::internal(format!("the fork was broken off: {error}")))?;
     Ok(Json(forked?))
 }
