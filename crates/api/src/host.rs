@@ -14,6 +14,7 @@ use crate::{
     http::Setting,
     image::Image,
     profile::Profile,
+    provisions::Provisions,
     substrate::{Forked, Keep, Recipe, Standbys},
     vm::{Figures, HostVm},
 };
@@ -209,6 +210,12 @@ pub enum Request {
     List,
     /// Returns once the launch is recorded; `Watch` tells how it goes.
     Launch(Box<Launch>),
+    /// What a VM that will be launched is given before its workload runs; nothing takes back what was given before. Ignored
+    /// for one that is there.
+    Provide {
+        vm: VmId,
+        provisions: Provisions,
+    },
     /// Starts a VM that has stopped, with its disk. `starts` counts what was asked for: a number that the
     /// host has begun already changes nothing.
     Start {

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, VmId, profile::Profile, vm::Observed};
+use crate::{ByteSize, VmId, profile::Profile, provisions::Provisions, vm::Observed};
 
 /// How a substrate is made.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -116,6 +116,9 @@ pub struct ForkVm {
     pub all_or_nothing: bool,
     #[serde(default)]
     pub keep: Keep,
+    /// What each of them is given.
+    #[serde(default)]
+    pub provisions: Provisions,
 }
 
 /// What a VM keeps of the one whose memory it goes on from. Without these it is ended or removed.
@@ -153,6 +156,9 @@ pub struct ActivateVms {
     pub life: crate::life::SetLife,
     #[serde(default)]
     pub keep: Keep,
+    /// What each of them is given.
+    #[serde(default)]
+    pub provisions: Provisions,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -181,6 +181,8 @@ pub enum VmCommand {
         #[arg(long, requires = "substrate")]
         keep_connections: bool,
         #[command(flatten)]
+        provide: ProvideArguments,
+        #[command(flatten)]
         life: LifeArguments,
         /// Do not wait until it runs
         #[arg(long)]
@@ -308,6 +310,22 @@ pub struct LifeArguments {
 }
 
 #[derive(Debug, Args)]
+pub struct ProvideArguments {
+    /// Set a variable for all commands in the VM; {n} in the value is the VM's number among those of this command
+    #[arg(long, short, value_name = "KEY=VALUE")]
+    pub env: Vec<String>,
+    /// Set the variables of a file: KEY=VALUE lines as they are; empty ones and those that begin with # are skipped
+    #[arg(long, value_name = "FILE")]
+    pub env_file: Vec<PathBuf>,
+    /// Put a file of this machine into the VM before its programs run; 1 MiB in all
+    #[arg(long, value_name = "GUEST_PATH=HOST_FILE[:MODE]")]
+    pub file: Vec<String>,
+    /// Put a secret into /run/burgeon/secrets before its programs run; - is standard input
+    #[arg(long, value_name = "NAME=FILE")]
+    pub secret: Vec<String>,
+}
+
+#[derive(Debug, Args)]
 pub struct ForkArguments {
     /// Name or id
     pub vm: String,
@@ -326,6 +344,8 @@ pub struct ForkArguments {
     /// Leave what is in /run/burgeon/secrets, instead of removing it
     #[arg(long)]
     pub keep_secrets: bool,
+    #[command(flatten)]
+    pub provide: ProvideArguments,
 }
 
 #[derive(Debug, Subcommand)]

@@ -6,6 +6,7 @@ use burgeon_api::{
     Error, ErrorKind, Result, VmId,
     host::{Begin, Source},
     image::Image,
+    provisions::Provisions,
     substrate::{Child, ForkVm, Forked, Keep, Standbys, SubstrateView},
     vm::{Intent, Observed},
 };
@@ -203,6 +204,34 @@ pub(crate) fn rows(
     Ok(ids.iter().enumerate().map(row).collect())
 }
 
+/// Records VMs that are given something: all of them, or none. As [`record`].
+///
+/// # Errors
+/// `Invalid` for what cannot be given; those of [`record`].
+pub(crate) async fn provided(state: &Shared, rows: Vec<VmRow>, provisions: &Provisions) -> Result<Vec<VmRow>> {
+    provisions.check()?;
+    if provisions.is_empty() || !there(state, &rows).await?.is_empty() {
+        return record(state, rows).await;
+    }
+    let ids: Vec<VmId> = rows.iter().map(|row| row.id).collect();
+    let recorded = async {
+        // Before there is a row, which may be launched at once.
+        for (index, id) in ids.iter().enumerate() {
+            state.host.provide(*id, provisions.numbered(index + 1)).await?;
+        }
+        record(state, rows).await
+    };
+    let recorded = recorded.await;
+    if recorded.is_err() {
+        for id in ids {
+            if let Err(error) = state.host.provide(id, Provisions::default()).await {
+                tracing::warn!(%error, "what was provided for a VM that is not made stays for now");
+            }
+        }
+    }
+    recorded
+}
+
 /// Records VMs: all of them, or none. Asking again with the same ids changes nothing.
 ///
 /// # Errors
@@ -251,7 +280,8 @@ async fn remove(state: &Shared, ids: &[VmId]) -> Result<()> {
 /// # Errors
 /// Those of the rows, and the host's; with `all_or_nothing` that of any child. Then there are no children.
 pub(crate) async fn fork(state: &Shared, source: VmRow, request: ForkVm) -> Result<Forked> {
-    let ForkVm { ids, names, all_or_nothing, keep } = request;
+    let ForkVm { ids, names, all_or_nothing, keep, provisions } = request;
+    provisions.check()?;
     let image = state.host.image_of(source.id).await?;
     let rows = rows(&source, &image, (Begin::Fork, keep), &ids, &names)?;
     let there = there(state, &rows).await?;
@@ -261,7 +291,7 @@ pub(crate) async fn fork(state: &Shared, source: VmRow, request: ForkVm) -> Resu
     }
     state.forking.send_modify(|forking| forking.extend(&ids));
     let forked = async {
-        let rows = record(state, rows).await?;
+        let rows = provided(state, rows, &provisions).await?;
         let made = at_one_instant(state, source.id, &rows, all_or_nothing).await;
         let (gone, stay): (Vec<VmId>, Vec<VmId>) = ids.iter().partition(|id| match &made {
             Ok(forked) => forked.children.iter().any(|child| child.id == **id && child.error.is_some()),

@@ -84,6 +84,13 @@ impl Layout {
         let text = id.uuid().simple().to_string();
         self.vms().join(&text[20..])
     }
+    /// What VMs are to be given that are not launched yet.
+    pub fn all_provisions(&self) -> PathBuf {
+        self.data.join("provisions")
+    }
+    pub fn provisions(&self, id: VmId) -> PathBuf {
+        self.all_provisions().join(format!("{id}.json"))
+    }
     pub fn images(&self) -> PathBuf {
         self.data.join("images")
     }

@@ -48,6 +48,7 @@ use crate::{
     display, fork, frozen,
     plug::Gate,
     prepare::Disk,
+    provisions,
     record::Record,
     session::{self, Attachment},
     start::{self, Context, Step, Up, group_name},
@@ -177,12 +178,14 @@ pub(crate) fn launch(
         starts: 0,
         receipt: None,
         awaits_receipt: false,
+        awaits_provisions: false,
         docked: None,
         standbys: None,
         frozen: false,
         paused: false,
         ended: None,
     };
+    provisions::move_in(&context.layout, record.launch.id, &directory)?;
     record.store(&directory)?;
     let observed = Observed::Starting { phase: "queued".into() };
     Ok(spawn(context, directory, record, observed, changes, Begin::Launch(claim)))
@@ -307,8 +310,8 @@ fn bring_up(
 }
 
 fn adopt(context: &Arc<Context>, directory: PathBuf, record: Record, process: Arc<Process>) -> JoinHandle<Result<Up>> {
-    let disks = context.disks.clone();
-    tokio::spawn(async move { start::adopt(&disks, &directory, &record, process).await })
+    let context = context.clone();
+    tokio::spawn(async move { start::adopt(&context, &directory, &record, process).await })
 }
 
 enum Met {
@@ -415,8 +418,13 @@ impl Owner {
         while let Ok(step) = self.steps.try_recv() {
             self.note(step);
         }
+        self.context.secrets.forget(self.record.launch.id);
         match outcome {
             Ok(up) => {
+                if std::mem::take(&mut self.record.awaits_provisions) {
+                    // Before anybody is told that it runs: the next host process gives them once more.
+                    self.store();
+                }
                 if std::mem::take(&mut self.adopting) {
                     self.record.adoptions += 1;
                     self.store();
@@ -783,6 +791,7 @@ impl Owner {
             user: None,
             limits: Vec::new(),
             awaits_receipt: false,
+            awaits_provisions: false,
             frozen: self.record.frozen && self.record.docked.is_some(),
             paused: false,
             ended: None,
@@ -895,6 +904,7 @@ impl Owner {
     fn remove(&mut self) {
         self.context.groups.remove(&group_name(&self.record.launch));
         let (disks, id) = (self.context.disks.clone(), self.record.launch.id);
+        self.context.secrets.forget(id);
         self.context.substrates.forget(id);
         self.context.standbys.forget(id);
         disks.close_all(id);

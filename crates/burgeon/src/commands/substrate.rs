@@ -223,10 +223,11 @@ pub(super) async fn activate(context: &Context, substrate: &str, request: Activa
 }
 
 pub(super) async fn fork(context: &Context, arguments: ForkArguments) -> Result<u8> {
-    let ForkArguments { vm, count, name, all_or_nothing, keep_connections, keep_secrets } = arguments;
+    let ForkArguments { vm, count, name, all_or_nothing, keep_connections, keep_secrets, provide } = arguments;
+    let provisions = super::provisions::read(provide)?;
     let (ids, names) = new_vms(name, count);
     let keep = Keep { connections: keep_connections, secrets: keep_secrets };
-    let request = ForkVm { ids, names, all_or_nothing, keep };
+    let request = ForkVm { ids, names, all_or_nothing, keep, provisions };
     let forked: Forked = context.client()?.post(&format!("{}/fork", path(&vm)), &request).await?;
     if context.json {
         output::json(&forked)?;

@@ -30,19 +30,24 @@ use crate::{
 
 pub(super) async fn run(context: &Context, command: VmCommand) -> Result<u8> {
     match command {
-        VmCommand::Create { substrate: Some(substrate), name, count, keep_connections, life, no_wait, .. } => {
+        VmCommand::Create {
+            substrate: Some(substrate), name, count, keep_connections, provide, life, no_wait, ..
+        } => {
+            let provisions = super::provisions::read(provide)?;
             let (ids, names) = super::substrate::new_vms(name, count);
             let keep = Keep { connections: keep_connections, secrets: false };
-            let request = ActivateVms { ids, names, life: set_life(life), keep };
+            let request = ActivateVms { ids, names, life: set_life(life), keep, provisions };
             super::substrate::activate(context, &substrate, request, !no_wait).await
         }
-        VmCommand::Create { image, name, profile, ssh_key, user, life, no_wait, .. } => {
+        VmCommand::Create { image, name, profile, ssh_key, user, provide, life, no_wait, .. } => {
             let image = image.ok_or_else(|| Error::invalid("neither an image nor a substrate is named"))?;
             let mut profile = read_profile(&profile)?;
             if !ssh_key.is_empty() {
                 profile.login = Some(read_login(&ssh_key, user)?);
             }
-            create(context, image, name, profile, set_life(life), !no_wait).await
+            let provisions = super::provisions::read(provide)?;
+            let (id, life) = (VmId::generate(), set_life(life));
+            create(context, CreateVm { id, name, image, profile, life, provisions }, !no_wait).await
         }
         VmCommand::Show { vm, timing } => show(context, &vm, timing).await,
         VmCommand::Console(VmName { vm }) => console(context, &vm).await,
@@ -116,22 +121,14 @@ fn tell_way_in(vm: &VmView) {
     }
 }
 
-async fn create(
-    context: &Context,
-    image: String,
-    name: Option<String>,
-    mut profile: Profile,
-    life: SetLife,
-    wait: bool,
-) -> Result<u8> {
+async fn create(context: &Context, mut request: CreateVm, wait: bool) -> Result<u8> {
     let client = context.client()?;
-    let about: burgeon_api::image::ImageView = client.get(&format!("/v1/images/{}", escape(&image))).await?;
+    let about: burgeon_api::image::ImageView = client.get(&format!("/v1/images/{}", escape(&request.image))).await?;
     let foreign = about.image.as_ref().is_some_and(|image| image.boot == Boot::Firmware);
     if about.image.is_some_and(|image| image.disk.is_none()) {
         // An image without a disk has no init of its own to start.
-        profile.init = burgeon_api::profile::Init::None;
+        request.profile.init = burgeon_api::profile::Init::None;
     }
-    let request = CreateVm { id: VmId::generate(), name, image, profile, life };
     let vm: VmView = client.post("/v1/vms", &request).await?;
     let vm = if wait { wait_until_up(&client, &vm).await? } else { vm };
     if foreign {

@@ -20,6 +20,7 @@ mod pipelines;
 #[allow(dead_code, reason = "it is shared with the tests of burgeon-store")]
 #[path = "../../../store/tests/it/sql/server.rs"]
 mod postgres;
+mod provisions;
 #[path = "../../../store/tests/it/s3_server.rs"]
 mod s3_server;
 mod substrates;

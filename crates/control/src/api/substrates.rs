@@ -137,7 +137,7 @@ async fn activate(
     let life = Life::default().set(&request.life, now_s());
     let mut rows = substrates::rows(&source, &image, (Begin::Substrate, request.keep), &request.ids, &request.names)?;
     rows.iter_mut().for_each(|row| row.life = life.clone());
-    let rows = substrates::record(&state, rows).await?;
+    let rows = substrates::provided(&state, rows, &request.provisions).await?;
     Ok(Json(rows.into_iter().map(|row| state.view(row)).collect()))
 }
 

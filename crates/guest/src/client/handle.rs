@@ -334,6 +334,14 @@ impl AgentClient {
         }
     }
 
+    /// Gives a guest that was booted its environment and its secrets. For agents of revision 3 and later.
+    ///
+    /// # Errors
+    /// `Refused`, `Deadline`, `Unavailable`.
+    pub async fn provide(&self, more: Vec<Provision>) -> Result<()> {
+        self.ask_done(Request::Provide { more }).await
+    }
+
     /// Asks the guest to stop. The answer means that it has begun to.
     ///
     /// # Errors

@@ -42,7 +42,7 @@ fn honest(identity: &protocol::Identity, more: &[Provision]) -> (protocol::Recei
     };
     let proofs = more.iter().filter_map(|provision| match provision {
         Provision::SshHostKey { public, .. } => Some(Proof::SshHostKey(public.clone())),
-        Provision::KeepSecrets | Provision::Rehearsal => None,
+        _ => None,
     });
     (receipt, proofs.collect())
 }
@@ -87,7 +87,9 @@ where
     let client = AgentClient::connect(host, Options::new([1; 16], "clone", clock_ns));
     client.wait_ready(Instant::now() + IDENTITY_DEADLINE).await.unwrap();
     let own = version.ends_with("parked");
-    let outcome = give(&client, &launch(), own, "substrate base", siblings).await;
+    let (launch, provisions) = (launch(), Provisions::default());
+    let giving = Giving { launch: &launch, own, origin: "substrate base", provisions: &provisions };
+    let outcome = give(&client, giving, siblings).await;
     agent.abort();
     outcome
 }

@@ -19,7 +19,7 @@ use rustix::{
 };
 
 use crate::{
-    connections, disk, server_keys,
+    connections, disk, provisions, server_keys,
     spawn::{failure, io_failure},
     sys, system,
 };
@@ -38,8 +38,6 @@ const NAMES: [&str; 2] = ["burgeon.name=", "systemd.hostname="];
 const MACHINE_ID: &str = "/etc/machine-id";
 /// Where systemd's containers have their roots.
 const CONTAINERS: &str = "/var/lib/machines";
-/// In memory, as all of /run.
-const SECRETS: &str = "/run/burgeon/secrets";
 /// Addresses that were given to another machine.
 const LEASES: [&str; 4] =
     ["/var/lib/dhcp", "/var/lib/dhclient", "/var/lib/NetworkManager", "/run/systemd/netif/leases"];
@@ -49,6 +47,8 @@ pub(crate) fn settle(generalise: bool) -> Result<Answer, Failure> {
     if generalise {
         disk::replace_own(Path::new("/"), "")
             .map_err(|error| io_failure("cannot forget who this machine is", &error))?;
+        provisions::forget_secrets()
+            .map_err(|error| io_failure("cannot remove the secrets of this machine", &error))?;
         for directory in LEASES {
             for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
                 if entry.file_name().to_string_lossy().contains("lease") {
@@ -68,7 +68,7 @@ pub(crate) fn settle(generalise: bool) -> Result<Answer, Failure> {
 }
 
 /// Makes this guest the one that is wanted, and shows it.
-pub(crate) fn renew(wanted: &Identity, provisions: &[Provision]) -> Result<(Receipt, Vec<Proof>), Failure> {
+pub(crate) fn renew(wanted: &Identity, more: &[Provision]) -> Result<(Receipt, Vec<Proof>), Failure> {
     let step = |what: &'static str| move |error: io::Error| io_failure(what, &error);
     // First of all, so that nothing after it draws what a sibling draws.
     let entropy = wanted.entropy.first_chunk::<64>().filter(|_| wanted.entropy.len() == 64);
@@ -94,7 +94,7 @@ pub(crate) fn renew(wanted: &Identity, provisions: &[Provision]) -> Result<(Rece
     if kept_connections > 0 {
         shown.push(Proof::KeptConnections(kept_connections));
     }
-    for provision in provisions {
+    for provision in more {
         match provision {
             Provision::SshHostKey { private, public } if has_ssh_server => {
                 let public = server_keys::replace(Path::new("/"), private, public)
@@ -102,12 +102,17 @@ pub(crate) fn renew(wanted: &Identity, provisions: &[Provision]) -> Result<(Rece
                 server_keys::have_read_anew();
                 shown.push(Proof::SshHostKey(public));
             }
-            Provision::SshHostKey { .. } | Provision::KeepSecrets | Provision::Rehearsal => {}
+            Provision::SshHostKey { .. }
+            | Provision::KeepSecrets
+            | Provision::Rehearsal
+            | Provision::Environment(_)
+            | Provision::Secret { .. } => {}
         }
     }
-    if wanted.machine_id.is_some() && !provisions.contains(&Provision::KeepSecrets) {
-        forget_secrets(Path::new(SECRETS)).map_err(step("cannot remove the secrets of another machine"))?;
+    if wanted.machine_id.is_some() && !more.contains(&Provision::KeepSecrets) {
+        provisions::forget_secrets().map_err(step("cannot remove the secrets of another machine"))?;
     }
+    provisions::take(more)?;
     new_boot_id().map_err(step("cannot renew the boot id"))?;
     let command_line = renamed(&read(COMMAND_LINE), &wanted.host_name);
     lay_over(COMMAND_LINE, OWN_COMMAND_LINE, &command_line).map_err(step("cannot renew the kernel's command line"))?;
@@ -121,7 +126,7 @@ pub(crate) fn renew(wanted: &Identity, provisions: &[Provision]) -> Result<(Rece
     }
     let generation = hexadecimal(&wanted.generation);
     fs::write(GENERATION, format!("{generation}\n")).map_err(step("cannot write the generation"))?;
-    let is_rehearsal = provisions.contains(&Provision::Rehearsal);
+    let is_rehearsal = more.contains(&Provision::Rehearsal);
     let hooks = if is_rehearsal { Vec::new() } else { run_hooks(&generation)? };
     let mut sample = [0; 16];
     rustix::rand::getrandom(&mut sample, GetRandomFlags::empty())
@@ -156,13 +161,6 @@ fn new_container_ids(machines: &Path) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-fn forget_secrets(directory: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(directory) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
 }
 
 fn read(path: &str) -> String {

@@ -15,6 +15,7 @@ mod exec;
 mod files;
 mod freeze;
 mod identity;
+mod provisions;
 mod server_keys;
 mod spawn;
 mod sys;

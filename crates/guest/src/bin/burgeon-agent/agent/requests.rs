@@ -9,7 +9,7 @@ use crate::{
     disk,
     exec::Exec,
     files::{self, Get, Put},
-    freeze, identity,
+    freeze, identity, provisions,
     spawn::{self, failure},
     sys::{self, Stack},
     system,
@@ -88,6 +88,7 @@ impl Agent {
                 self.rehearses = more.contains(&Provision::Rehearsal);
                 identity::renew(&identity, &more).map(|(receipt, more)| Answer::Renewed { receipt, more })
             }
+            Request::Provide { more } => provisions::take(&more).map(|()| Answer::Done),
             Request::Identity { host_name } => system::set_host_name(&host_name),
         })
     }

@@ -1,0 +1,132 @@
+//! Environment, files and secrets that VMs are given, on real guests.
+
+use std::{fs, path::Path};
+
+use burgeon_api::provisions::Content;
+
+use crate::lab::{Lab, kill, until};
+
+/// Whether the bytes are in a file below the directory.
+fn is_below(directory: &Path, bytes: &[u8]) -> bool {
+    fs::read_dir(directory).into_iter().flatten().flatten().any(|entry| {
+        let path = entry.path();
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => is_below(&path, bytes),
+            Ok(kind) if kind.is_file() => {
+                fs::read(&path).is_ok_and(|content| content.windows(bytes.len()).any(|part| part == bytes))
+            }
+            _ => false,
+        }
+    })
+}
+
+#[track_caller]
+fn is_on_no_disk(lab: &Lab, secret: &str) {
+    assert!(!is_below(&lab.data(), secret.as_bytes()));
+    let in_json = serde_json::to_string(&Content(secret.into())).unwrap();
+    assert!(!is_below(&lab.data(), in_json.as_bytes()));
+}
+
+#[test]
+fn a_vm_that_boots_has_its_environment_files_and_secrets() {
+    let lab = Lab::new(&["tiny"]);
+    lab.file("conf", "port = 1\n");
+    lab.file("vars", "# of the file\nFIRST=one\nSECOND=of the file\n");
+    for (words, named) in [
+        (&["--env", "1A=b"][..], "env \"1A\""),
+        (&["--env", "A"], "--env A"),
+        (&["--file", "conf=conf"], "file \"conf\""),
+        (&["--file", "/etc/conf=nothing"], "--file nothing"),
+        (&["--secret", "../key=conf"], "secret \"../key\""),
+        (&["--secret", "hunter2"], "--secret: it is not NAME=FILE"),
+        (&["--env-file", "conf"], "env \"port \""),
+    ] {
+        let refused = lab.run(&[&["vm", "create", "tiny", "--name", "bad", "-p", "tiny"], words].concat());
+        assert!(refused.code == 1 && refused.stderr.contains(named), "{words:?}: {}", refused.stderr);
+    }
+    assert_eq!(lab.json(&["vm", "ls"]), serde_json::json!([]));
+
+    let secret = "hunter2-and-no-other";
+    let create = [
+        &["vm", "create", "tiny", "--name", "web", "-p", "tiny", "--env-file", "vars", "--env", "SECOND=it's second"][..],
+        &["--file", "/opt/deep/app.conf=conf:0640", "--secret", "key=-"],
+    ];
+    lab.run_with(&create.concat(), secret.as_bytes()).good();
+    assert_eq!(lab.said("web", "echo $FIRST; echo \"$SECOND\""), "one\nit's second");
+    assert_eq!(lab.said("web", "unset SECOND; . /run/burgeon/environment; echo $SECOND"), "it's second");
+    assert_eq!(lab.run(&["exec", "-e", "FIRST=1", "web", "sh", "-c", "echo $FIRST"]).good().stdout, "1\n");
+    let shape = "ls -ln /opt/deep/app.conf /run/burgeon/secrets/key | cut -c1-10; cat /opt/deep/app.conf; cat /run/burgeon/secrets/key";
+    assert_eq!(lab.said("web", shape), format!("-rw-r-----\n-r--------\nport = 1\n{secret}"));
+    is_on_no_disk(&lab, secret);
+
+    // Started again, it has all of it but the secrets.
+    lab.run(&["vm", "stop", "--force", "web"]).good();
+    lab.run(&["vm", "start", "web"]).good();
+    let left = "echo $FIRST; cat /opt/deep/app.conf; test -e /run/burgeon/secrets || echo none";
+    assert_eq!(lab.said("web", left), "one\nport = 1\nnone");
+}
+
+#[test]
+fn a_host_process_that_dies_loses_secrets_and_nothing_else() {
+    let lab = Lab::new(&["tiny"]);
+    lab.file("key", "hunter2-and-no-other");
+    let create = |name: &str, words: &[&str]| {
+        lab.run(
+            &[&["vm", "create", "tiny", "--name", name, "-p", "tiny", "--no-wait", "--env", "A=1"], words].concat(),
+        )
+        .good();
+        until("it boots", || !lab.json(&["vm", "show", name])["on_host"]["pid"].is_null());
+    };
+    create("plain", &[]);
+    create("secret", &["--secret", "key=key"]);
+    kill(lab.pid("host"), "KILL");
+    until("it has failed by name", || {
+        let view = lab.json(&["vm", "show", "secret"]);
+        view["state"] == "failed"
+            && view["reason"].as_str().unwrap().contains("secrets were lost with the host process")
+    });
+    until("the other one runs", || lab.run(&["exec", "plain", "true"]).code == 0);
+    assert_eq!(lab.said("plain", "echo $A"), "1");
+    until("one QEMU is left", || lab.qemus().len() == 1);
+}
+
+/// Notes, as soon as it finds itself in another generation, what is there.
+const NOTES: &str = "mkdir -p /run/burgeon/secrets; echo of the substrate > /run/burgeon/secrets/old
+    (while :; do
+        now=$(cat /run/burgeon/generation 2>/dev/null)
+        if [ \"$now\" != \"$old\" ]; then
+            old=$now; cat /run/burgeon/environment /run/burgeon/secrets/* /etc/app.conf > /tmp/note 2>&1
+        fi
+        usleep 5000 2>/dev/null || sleep 0.01
+    done) </dev/null >/dev/null 2>&1 &";
+
+#[test]
+fn each_clone_has_its_own_before_its_programs_go_on() {
+    let lab = Lab::new(&["tiny"]);
+    lab.file("key", "hunter2-and-no-other");
+    lab.file("conf", "port = 1");
+    lab.run(&["substrate", "create", "base", "--image", "tiny", "-p", "tiny", "--warm", NOTES]).good();
+    let give = ["--env", "N=n-{n}", "--secret", "key=key", "--file", "/etc/app.conf=conf"];
+    lab.run(&[&["vm", "create", "-s", "base", "--name", "c", "-c", "2"], &give[..]].concat()).good();
+    for (vm, number) in [("c-1", 1), ("c-2", 2)] {
+        until("it has noted", || lab.said(vm, "test -s /tmp/note && echo yes || true") == "yes");
+        let all = format!("N='n-{number}'\nhunter2-and-no-other");
+        assert_eq!(
+            lab.said(vm, "head -n 2 /tmp/note | cut -c1-20; echo; ls /run/burgeon/secrets").replace("\n\n", "\n"),
+            format!("{all}\nkey")
+        );
+        assert_eq!(lab.said(vm, "echo $N; tail -c 8 /tmp/note"), format!("n-{number}\nport = 1"));
+    }
+    is_on_no_disk(&lab, "hunter2-and-no-other");
+
+    // A fork has the environment of its source, and its secrets where that is asked for.
+    lab.run(&["fork", "c-1", "--name", "f", "--env", "B=2"]).good();
+    lab.run(&["fork", "c-1", "--name", "k", "--keep-secrets"]).good();
+    assert_eq!(lab.said("f", "echo $N $B; test -e /run/burgeon/secrets || echo none"), "n-1 2\nnone");
+    assert_eq!(lab.said("k", "echo $N $B; cat /run/burgeon/secrets/key"), "n-1\nhunter2-and-no-other");
+    // One that goes on from its own state has what it had.
+    lab.run(&["vm", "park", "k"]).good();
+    lab.run(&["vm", "start", "k"]).good();
+    assert_eq!(lab.said("k", "echo $N; cat /run/burgeon/secrets/key"), "n-1\nhunter2-and-no-other");
+    assert!(!lab.data().join("provisions").read_dir().unwrap().any(|_| true));
+}
