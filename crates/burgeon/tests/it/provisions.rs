@@ -90,12 +90,12 @@ fn a_host_process_that_dies_loses_secrets_and_nothing_else() {
     until("one QEMU is left", || lab.qemus().len() == 1);
 }
 
-/// Notes, as soon as it finds itself in another generation, what is there.
+/// Notes, as soon as it finds itself in another generation, what is there. It has opened the page before it was captured.
 const NOTES: &str = "mkdir -p /run/burgeon/secrets; echo of the substrate > /run/burgeon/secrets/old
-    (while :; do
-        now=$(cat /run/burgeon/generation 2>/dev/null)
+    (exec 3</run/burgeon/generation; while :; do
+        now=$(cat /proc/self/fd/3)
         if [ \"$now\" != \"$old\" ]; then
-            old=$now; cat /run/burgeon/environment /run/burgeon/secrets/* /etc/app.conf > /tmp/note 2>&1
+            old=$now; cat /run/burgeon/environment /run/burgeon/secrets/* /etc/app.conf > /tmp/note-$now 2>&1
         fi
         usleep 5000 2>/dev/null || sleep 0.01
     done) </dev/null >/dev/null 2>&1 &";
@@ -109,13 +109,22 @@ fn each_clone_has_its_own_before_its_programs_go_on() {
     let give = ["--env", "N=n-{n}", "--secret", "key=key", "--file", "/etc/app.conf=conf"];
     lab.run(&[&["vm", "create", "-s", "base", "--name", "c", "-c", "2"], &give[..]].concat()).good();
     for (vm, number) in [("c-1", 1), ("c-2", 2)] {
-        until("it has noted", || lab.said(vm, "test -s /tmp/note && echo yes || true") == "yes");
+        until("it has noted", || {
+            lab.said(vm, "test -s /tmp/note-$(cat /run/burgeon/generation) && echo yes || true") == "yes"
+        });
         let all = format!("N='n-{number}'\nhunter2-and-no-other");
         assert_eq!(
-            lab.said(vm, "head -n 2 /tmp/note | cut -c1-20; echo; ls /run/burgeon/secrets").replace("\n\n", "\n"),
+            lab.said(
+                vm,
+                "head -n 2 /tmp/note-$(cat /run/burgeon/generation) | cut -c1-20; echo; ls /run/burgeon/secrets"
+            )
+            .replace("\n\n", "\n"),
             format!("{all}\nkey")
         );
-        assert_eq!(lab.said(vm, "echo $N; tail -c 8 /tmp/note"), format!("n-{number}\nport = 1"));
+        assert_eq!(
+            lab.said(vm, "echo $N; tail -c 8 /tmp/note-$(cat /run/burgeon/generation)"),
+            format!("n-{number}\nport = 1")
+        );
     }
     is_on_no_disk(&lab, "hunter2-and-no-other");
 

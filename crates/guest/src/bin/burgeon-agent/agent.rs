@@ -22,6 +22,7 @@ use crate::{
     channel::{Channel, Input},
     exec::{Exec, Source},
     files::{Get, Put},
+    generation,
     spawn::{self, Launch, failure},
     sys::{self, Stack},
     system,
@@ -79,7 +80,12 @@ struct Agent {
 }
 
 /// Serves the channel for ever.
-pub(crate) fn run(channel: Channel, setup: Setup) -> io::Error {
+pub(crate) fn run(channel: Channel, mut setup: Setup) -> io::Error {
+    if setup.manages_system
+        && let Err(error) = generation::offer()
+    {
+        setup.warnings.push(format!("programs are not told when they are in a clone: {error}"));
+    }
     sys::reset_signals();
     sys::wake_politely();
     let children = match sys::child_signal() {

@@ -19,7 +19,7 @@ use rustix::{
 };
 
 use crate::{
-    connections, disk, provisions, server_keys,
+    connections, disk, generation, provisions, server_keys,
     spawn::{failure, io_failure},
     sys, system,
 };
@@ -27,8 +27,6 @@ use crate::{
 /// Programs of the image that make it another machine, in the order of their names.
 const HOOKS: &str = "/etc/burgeon/on-clone.d";
 const HOOK_PATIENCE: Duration = Duration::from_secs(10);
-/// Where programs of the guest find its generation: 32 hexadecimal digits.
-const GENERATION: &str = "/run/burgeon/generation";
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 const OWN_BOOT_ID: &str = "/run/burgeon/boot_id";
 const COMMAND_LINE: &str = "/proc/cmdline";
@@ -125,7 +123,7 @@ pub(crate) fn renew(wanted: &Identity, more: &[Provision]) -> Result<(Receipt, V
         readdress(card, *address).map_err(step("cannot give a network card its address"))?;
     }
     let generation = hexadecimal(&wanted.generation);
-    fs::write(GENERATION, format!("{generation}\n")).map_err(step("cannot write the generation"))?;
+    generation::renew(&generation).map_err(step("cannot write the generation"))?;
     let is_rehearsal = more.contains(&Provision::Rehearsal);
     let hooks = if is_rehearsal { Vec::new() } else { run_hooks(&generation)? };
     let mut sample = [0; 16];

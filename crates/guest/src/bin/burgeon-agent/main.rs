@@ -14,6 +14,7 @@ mod each;
 mod exec;
 mod files;
 mod freeze;
+mod generation;
 mod identity;
 mod provisions;
 mod server_keys;
