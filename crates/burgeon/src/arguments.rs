@@ -287,7 +287,13 @@ pub enum VmCommand {
         vms: Vec<String>,
     },
     /// Show what a VM that goes on from a substrate, or was forked, has proved of its identity
-    Receipt(VmName),
+    Receipt {
+        /// Name or id
+        vm: String,
+        /// List all that it has shown, each time it went on; also of a VM that was removed
+        #[arg(long)]
+        all: bool,
+    },
     /// A VM's disks: plug in, grow, snapshot
     #[command(subcommand)]
     Disk(DiskCommand),

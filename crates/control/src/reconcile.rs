@@ -22,6 +22,7 @@ use tokio::{
 use crate::{
     host_client::receive_message,
     life,
+    receipts::Receipts,
     state::{Seen, Shared, State},
 };
 
@@ -31,7 +32,8 @@ const PERIOD: Duration = Duration::from_secs(5);
 const GRACE: Duration = Duration::from_secs(90);
 
 pub(crate) async fn run(state: Shared) {
-    let mut looker = Looker { state: state.clone(), tasks: Tasks::default(), told: BTreeSet::new() };
+    let mut looker =
+        Looker { state: state.clone(), tasks: Tasks::default(), told: BTreeSet::new(), receipts: Receipts::default() };
     while !state.shutdown.is_cancelled() {
         looker.look_and_act().await;
         tokio::select! {
@@ -72,6 +74,7 @@ struct Looker {
     tasks: Tasks,
     /// Damaged rows that the log has told of.
     told: BTreeSet<String>,
+    receipts: Receipts,
 }
 
 impl Looker {
@@ -94,6 +97,9 @@ impl Looker {
             Err(error) => HostSeen::Unreachable { reason: error.to_string() },
         };
         keep_observed(state, &rows, &seen).await;
+        if let HostSeen::Reachable(vms) = &seen {
+            self.receipts.keep(state, &rows, vms).await;
+        }
         let was_reached = host.is_ok();
         publish(state, host);
         if was_reached {

@@ -14,7 +14,7 @@ pub(crate) static META: Component = Component {
 };
 
 /// One entry per version; entry n brings version n to n + 1. In SQLite's words, translated for PostgreSQL by `sql`.
-const MIGRATIONS: [&str; 5] = [FIRST, SECOND, THIRD, FOURTH, crate::life::MIGRATION];
+const MIGRATIONS: [&str; 6] = [FIRST, SECOND, THIRD, FOURTH, crate::life::MIGRATION, crate::receipts::MIGRATION];
 
 pub(crate) const FIRST: &str = "
     CREATE TABLE vm (

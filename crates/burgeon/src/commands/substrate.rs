@@ -6,7 +6,7 @@ use burgeon_api::{
     Error, Result, VmId,
     image::ImageView,
     profile::Init,
-    receipt::Receipt,
+    receipt::{KeptReceipt, Receipt},
     substrate::{ActivateVms, CreateSubstrate, ForkVm, Forked, Keep, KeepStandbys, Recipe, SubstrateView},
     vm::{Observed, VmView},
 };
@@ -243,6 +243,24 @@ pub(super) async fn fork(context: &Context, arguments: ForkArguments) -> Result<
         code = 1;
     }
     Ok(code)
+}
+
+pub(super) async fn receipts(context: &Context, vm: &str) -> Result<u8> {
+    let kept: Vec<KeptReceipt> = context.client()?.get(&format!("{}/receipts", path(vm))).await?;
+    if context.json {
+        output::json(&kept)?;
+        return Ok(0);
+    }
+    let now = now_s();
+    let rows = kept
+        .into_iter()
+        .map(|KeptReceipt { vm, name, receipt }| {
+            let age = output::age(now.saturating_sub(receipt.given_s));
+            vec![name, vm.short().to_string(), age, receipt.origin, receipt.generation, receipt.boot_id, receipt.sample]
+        })
+        .collect();
+    output::table(&["name", "id", "age", "goes on from", "generation", "boot id", "random bytes"], rows);
+    Ok(0)
 }
 
 pub(super) async fn receipt(context: &Context, vm: &str) -> Result<u8> {

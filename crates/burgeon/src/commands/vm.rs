@@ -62,7 +62,8 @@ pub(super) async fn run(context: &Context, command: VmCommand) -> Result<u8> {
         VmCommand::Set { vms, life } => set(context, &vms, set_life(life)).await,
         VmCommand::Pause { vms } => each(context, &vms, "pause").await,
         VmCommand::Resume { vms } => each(context, &vms, "resume").await,
-        VmCommand::Receipt(VmName { vm }) => super::substrate::receipt(context, &vm).await,
+        VmCommand::Receipt { vm, all: true } => super::substrate::receipts(context, &vm).await,
+        VmCommand::Receipt { vm, all: false } => super::substrate::receipt(context, &vm).await,
         VmCommand::Freeze(VmName { vm }) => verb(context, &vm, "freeze").await,
         VmCommand::Thaw(VmName { vm }) => verb(context, &vm, "thaw").await,
         // These have short forms, and are met before.

@@ -21,6 +21,7 @@ mod pipelines;
 #[path = "../../../store/tests/it/sql/server.rs"]
 mod postgres;
 mod provisions;
+mod receipts;
 #[path = "../../../store/tests/it/s3_server.rs"]
 mod s3_server;
 mod substrates;

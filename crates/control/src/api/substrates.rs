@@ -6,10 +6,10 @@ use axum::{
     http::HeaderMap,
 };
 use burgeon_api::{
-    Error,
+    Error, ErrorKind,
     host::Begin,
     life::Life,
-    receipt::Receipt,
+    receipt::{KeptReceipt, Receipt},
     substrate::{ActivateVms, CreateSubstrate, ForkVm, Forked, KeepStandbys, MOST_STANDBYS, SubstrateView},
     vm::{Observed, VmView},
 };
@@ -55,8 +55,17 @@ pub(super) fn add(routes: &mut Routes) {
         .add("post", "/v1/vms/{vm}/park", "Keep a running VM's state and free its memory; a start lets it go on", park)
         .gives(vm);
     routes
-        .add("get", "/v1/vms/{vm}/receipt", "What an activated VM has shown of its identity", receipt)
+        .add("get", "/v1/vms/{vm}/receipt", "What an activated VM has shown of its identity, at last", receipt)
         .gives(receipt_schema);
+    let all = routes.schema::<Vec<KeptReceipt>>();
+    routes
+        .add(
+            "get",
+            "/v1/vms/{vm}/receipts",
+            "All that a VM has shown, oldest first; also of one that was removed",
+            receipts,
+        )
+        .gives(all);
 }
 
 async fn list(State(state): State<Shared>) -> Answer<Json<Vec<SubstrateView>>> {
@@ -170,10 +179,29 @@ async fn park(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<Jso
 
 async fn receipt(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<Json<Receipt>> {
     let view = state.view(state.meta.vm(&vm).await?);
-    let name = view.name;
-    let receipt = view.on_host.and_then(|vm| vm.receipt).ok_or_else(|| {
-        Error::not_found(format!("VM {name} has no receipt"))
-            .with_hint("VMs that were forked, or go on from a substrate, have one")
-    })?;
-    Ok(Json(receipt))
+    // What the host tells may not be kept yet.
+    if let Some(receipt) = view.on_host.and_then(|vm| vm.receipt) {
+        return Ok(Json(receipt));
+    }
+    let kept = state.meta.receipts(&view.id.to_string()).await?.pop();
+    Ok(Json(kept.ok_or_else(|| has_none(&view.name))?.receipt))
+}
+
+async fn receipts(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<Json<Vec<KeptReceipt>>> {
+    // Of the VM that there is; a name may have been another's before.
+    let key = match state.meta.vm(&vm).await {
+        Ok(row) => row.id.to_string(),
+        Err(error) if error.kind == ErrorKind::NotFound => vm,
+        Err(error) => return Err(error.into()),
+    };
+    let kept = state.meta.receipts(&key).await?;
+    if kept.is_empty() {
+        return Err(has_none(&burgeon_api::path_text::printable(&key)).into());
+    }
+    Ok(Json(kept))
+}
+
+fn has_none(name: &str) -> Error {
+    Error::not_found(format!("VM {name} has no receipt"))
+        .with_hint("VMs that were forked, or go on from a substrate, have one")
 }
