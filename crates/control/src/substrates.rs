@@ -18,6 +18,8 @@ use crate::state::{Shared, now_s};
 
 /// How long a substrate's VM may take to come up.
 const UP: Duration = Duration::from_secs(300);
+/// How long a host process that is being started is waited for.
+const REACHED: Duration = Duration::from_secs(10);
 /// VMs that one request makes.
 pub(crate) const MOST_AT_ONCE: usize = 256;
 
@@ -213,6 +215,9 @@ pub(crate) async fn provided(state: &Shared, rows: Vec<VmRow>, provisions: &Prov
     if provisions.is_empty() || !there(state, &rows).await?.is_empty() {
         return record(state, rows).await;
     }
+    // A server that has just been started may be a moment ahead of its host process. What that answers then tells.
+    let reached = state.when(|seen| (seen.looks > 0 && seen.unreachable.is_none()).then_some(Ok(())));
+    drop(timeout(REACHED, reached).await);
     let ids: Vec<VmId> = rows.iter().map(|row| row.id).collect();
     let recorded = async {
         // Before there is a row, which may be launched at once.
@@ -223,13 +228,18 @@ pub(crate) async fn provided(state: &Shared, rows: Vec<VmRow>, provisions: &Prov
     };
     let recorded = recorded.await;
     if recorded.is_err() {
-        for id in ids {
-            if let Err(error) = state.host.provide(id, Provisions::default()).await {
-                tracing::warn!(%error, "what was provided for a VM that is not made stays for now");
-            }
-        }
+        take_back(state, &ids).await;
     }
     recorded
+}
+
+/// Has the host forget what was provided for VMs that are not made. Of those that it has launched it has forgotten it.
+async fn take_back(state: &Shared, ids: &[VmId]) {
+    for id in ids {
+        if let Err(error) = state.host.provide(*id, Provisions::default()).await {
+            tracing::warn!(%error, "what was provided for a VM that is not made stays for now");
+        }
+    }
 }
 
 /// Records VMs: all of them, or none. Asking again with the same ids changes nothing.
@@ -298,6 +308,9 @@ pub(crate) async fn fork(state: &Shared, source: VmRow, request: ForkVm) -> Resu
             Err(_) => true,
         });
         remove(state, &gone).await?;
+        if !provisions.is_empty() {
+            take_back(state, &gone).await;
+        }
         for id in stay {
             state.meta.set_observed(id, Observed::Running, true).await?;
         }

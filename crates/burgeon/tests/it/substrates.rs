@@ -21,7 +21,7 @@ impl Lab {
 
 /// A workload that draws random numbers all the time, and keeps what it has drawn in memory.
 const DRAWS: &str = r#"echo nonce-$(cat /proc/sys/kernel/random/uuid) > /tmp/nonce
-    (while :; do cat /proc/sys/kernel/random/uuid >> /tmp/drawn; usleep 5000 2>/dev/null || sleep 0.01; done) </dev/null >/dev/null 2>&1 &"#;
+    (while :; do cat /proc/sys/kernel/random/uuid >> /tmp/drawn; head -c 16 /dev/urandom | od -A n -t x1 >> /tmp/drawn; usleep 5000 2>/dev/null || sleep 0.01; done) </dev/null >/dev/null 2>&1 &"#;
 
 #[test]
 fn clones_and_forks_go_on_from_memory_and_are_nobodys_twins() {
