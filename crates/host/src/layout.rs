@@ -38,7 +38,8 @@ impl Layout {
         }
         let layout = Layout { data };
         layout.claim()?;
-        for directory in [layout.data.clone(), layout.vms(), layout.images(), layout.cache(), layout.temporary()] {
+        let below = [layout.vms(), layout.all_provisions(), layout.images(), layout.cache(), layout.temporary()];
+        for directory in [layout.data.clone()].into_iter().chain(below) {
             fs::DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)

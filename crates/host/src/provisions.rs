@@ -10,7 +10,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     fs,
     io::Write,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::OpenOptionsExt,
     path::Path,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -18,6 +18,7 @@ use std::{
 
 use burgeon_api::{
     Error, Result, VmId,
+    host::Launch,
     provisions::{Content, ProvidedFile, Provisions},
 };
 use burgeon_guest::{client::AgentClient, protocol::Provision};
@@ -61,6 +62,24 @@ impl Kept {
             return Err(damaged(format!("its format is {}, not {FORMAT}", kept.format)));
         }
         Ok(Some(kept))
+    }
+
+    /// Replaces the file as a whole.
+    fn store(&self, path: &Path) -> Result<()> {
+        let new = path.with_extension("new");
+        let write = || -> std::io::Result<()> {
+            let mut out = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+            out.write_all(&serde_json::to_vec(self)?)?;
+            out.sync_data()?;
+            fs::rename(&new, path)
+        };
+        write().map_err(|error| Error::io(format!("write {}", path.display()), &error))
+    }
+}
+
+impl Default for Kept {
+    fn default() -> Kept {
+        Kept { format: FORMAT, environment: BTreeMap::new(), files: Vec::new(), secrets: Vec::new() }
     }
 }
 
@@ -130,23 +149,29 @@ pub(crate) fn keep(layout: &Layout, secrets: &Secrets, vm: VmId, provisions: Pro
     let Provisions { environment, files, secrets: values } = provisions;
     let kept = Kept { format: FORMAT, environment, files, secrets: values.keys().cloned().collect() };
     secrets.hold(vm, values)?;
-    let new = path.with_extension("new");
-    let write = || -> std::io::Result<()> {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(path.parent().unwrap_or(&layout.data))?;
-        let mut out = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-        out.write_all(&serde_json::to_vec(&kept)?)?;
-        out.sync_data()?;
-        fs::rename(&new, &path)
-    };
-    write().map_err(|error| Error::io(format!("write {}", path.display()), &error))
+    kept.store(&path)
 }
 
-/// Moves what was kept for a VM into its new directory.
+/// Moves what was kept for a VM into its new directory. Of the VM whose memory it goes on from it has the environment, which
+/// is in that memory, also when it boots one day.
 ///
 /// # Errors
-/// The system's.
-pub(crate) fn move_in(layout: &Layout, vm: VmId, directory: &Path) -> Result<()> {
-    match fs::rename(layout.provisions(vm), directory.join(FILE)) {
+/// The system's; `Damaged` for what is kept and does not read.
+pub(crate) fn move_in(layout: &Layout, launch: &Launch, directory: &Path) -> Result<()> {
+    let (from, to) = (layout.provisions(launch.id), directory.join(FILE));
+    let source = launch.source.as_ref().filter(|_| launch.begin.is_activation());
+    let inherited = match source {
+        Some(source) => Kept::load(&layout.vm(source.vm).join(FILE))?.map(|kept| kept.environment),
+        None => None,
+    };
+    if let Some(inherited) = inherited.filter(|environment| !environment.is_empty()) {
+        let mut own = Kept::load(&from)?.unwrap_or_default();
+        for (name, value) in inherited {
+            own.environment.entry(name).or_insert(value);
+        }
+        own.store(&from)?;
+    }
+    match fs::rename(from, to) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(Error::io("move what the VM is to be given into its directory", &error))
         }
@@ -262,6 +287,8 @@ pub(crate) async fn give(secrets: &Secrets, directory: &Path, record: &Record, a
 
 #[cfg(test)]
 mod tests {
+    use burgeon_api::host::{Begin, Source};
+
     use super::*;
 
     fn secret(bytes: usize) -> BTreeMap<String, Content> {
@@ -293,8 +320,9 @@ mod tests {
         keep(&layout, &secrets, vm, all.clone()).unwrap();
         let own = layout.vm(vm);
         fs::create_dir_all(&own).unwrap();
-        move_in(&layout, vm, &own).unwrap();
-        move_in(&layout, vm, &own).unwrap();
+        let launch = record(vm, 0).launch;
+        move_in(&layout, &launch, &own).unwrap();
+        move_in(&layout, &launch, &own).unwrap();
         let text = fs::read_to_string(own.join(FILE)).unwrap();
         assert!(text.contains("\"key\"") && !text.contains("KioqKioq") && !text.contains("42,42"), "{text}");
         assert!(!layout.provisions(vm).exists() && are_there(&own) && have_secrets(&own));
@@ -306,6 +334,19 @@ mod tests {
         assert_eq!(again, Provisions { secrets: BTreeMap::new(), ..all.clone() });
         tokio::time::advance(UNUSED).await;
         assert!(of(&secrets, &own, &record(vm, 0)).is_err());
+
+        // A fork has the environment of its source, and no secrets.
+        let fork = VmId::generate();
+        let mut of_fork = record(fork, 0);
+        of_fork.launch.begin = Begin::Fork;
+        of_fork.launch.source = Some(Source { vm, snapshot: None });
+        let more: BTreeMap<_, _> = [("B".to_string(), "c".to_string())].into();
+        fs::create_dir_all(layout.vm(fork)).unwrap();
+        keep(&layout, &secrets, fork, Provisions { environment: more, ..Provisions::default() }).unwrap();
+        move_in(&layout, &of_fork.launch, &layout.vm(fork)).unwrap();
+        let has = of(&secrets, &layout.vm(fork), &of_fork).unwrap();
+        assert_eq!((has.environment["A"].as_str(), has.environment["B"].as_str()), ("b", "c"));
+        assert!(has.secrets.is_empty() && !have_secrets(&layout.vm(fork)));
 
         // What is taken back is gone.
         keep(&layout, &secrets, vm, all).unwrap();

@@ -185,7 +185,7 @@ pub(crate) fn launch(
         paused: false,
         ended: None,
     };
-    provisions::move_in(&context.layout, record.launch.id, &directory)?;
+    provisions::move_in(&context.layout, &record.launch, &directory)?;
     record.store(&directory)?;
     let observed = Observed::Starting { phase: "queued".into() };
     Ok(spawn(context, directory, record, observed, changes, Begin::Launch(claim)))

@@ -1,6 +1,6 @@
 //! Environment, files and secrets that VMs are given, on real guests.
 
-use std::{fs, path::Path};
+use std::{fs, io::Read, path::Path};
 
 use burgeon_api::provisions::Content;
 
@@ -137,5 +137,62 @@ fn each_clone_has_its_own_before_its_programs_go_on() {
     lab.run(&["vm", "park", "k"]).good();
     lab.run(&["vm", "start", "k"]).good();
     assert_eq!(lab.said("k", "echo $N; cat /run/burgeon/secrets/key"), "n-1\nhunter2-and-no-other");
+    // It has them also when it boots. Of a fork that is not made nothing is left.
+    lab.run(&["vm", "stop", "--force", "f"]).good();
+    lab.run(&["vm", "start", "f"]).good();
+    assert_eq!(lab.said("f", "echo $N $B"), "n-1 2");
+    lab.run(&["vm", "stop", "--force", "f"]).good();
+    let refused = lab.run(&[&["fork", "f", "--name", "g"], &give[..]].concat());
+    assert!(refused.code == 1 && refused.stderr.contains("VM f does not run"), "{}", refused.stderr);
     assert!(!lab.data().join("provisions").read_dir().unwrap().any(|_| true));
+}
+
+/// Whether the bytes are in memory that a process shares with the VMs that begin with it.
+fn is_in_shared_memory(pid: u32, bytes: &[u8]) -> bool {
+    let files = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten().map(|entry| entry.path());
+    let shared = files.filter(|file| fs::read_link(file).is_ok_and(|to| to.to_string_lossy().contains("/memfd:")));
+    shared.into_iter().any(|file| {
+        let (mut from, mut window) = (fs::File::open(file).unwrap(), Vec::new());
+        loop {
+            let kept = window.len().min(bytes.len());
+            window.drain(..window.len() - kept);
+            if from.by_ref().take(8 << 20).read_to_end(&mut window).unwrap() == 0 {
+                return false;
+            }
+            if holds(&window, bytes) {
+                return true;
+            }
+        }
+    })
+}
+
+/// Mostly zeros, which are passed over quickly.
+fn holds(window: &[u8], bytes: &[u8]) -> bool {
+    let mut rest = window;
+    while let Some(at) = rest.iter().position(|byte| *byte == bytes[0]) {
+        if rest[at..].starts_with(bytes) {
+            return true;
+        }
+        rest = &rest[at + 1..];
+    }
+    false
+}
+
+#[test]
+fn secrets_of_a_substrate_are_gone_before_it_is_captured() {
+    // Made inside, so that no command that was sent in holds them.
+    const NOTE: &str = "19e9a74041cf4d59de9a7b90698b3103952196243fc57d9e65d4040c51697fe3";
+    const SECRET: &str = "91efa9494020524c57c20e946a12f1599d57dc1648c5aaede0d471bf393089bb";
+    let lab = Lab::new(&["tiny"]);
+    let warm = "mkdir -p /run/burgeon/secrets; echo of the substrate | sha256sum > /run/burgeon/secrets/key
+        echo of nobody | sha256sum > /tmp/note";
+    lab.run(&["substrate", "create", "base", "--image", "tiny", "-p", "tiny", "--warm", warm]).good();
+    let host = lab.pid("host");
+    assert!(is_in_shared_memory(host, NOTE.as_bytes()), "what is no secret is found");
+    assert!(!is_in_shared_memory(host, SECRET.as_bytes()));
+    lab.run(&["vm", "create", "-s", "base", "--name", "c"]).good();
+    assert_eq!(
+        lab.said("c", "cut -c1-64 /tmp/note; test -e /run/burgeon/secrets || echo none"),
+        format!("{NOTE}\nnone")
+    );
 }
