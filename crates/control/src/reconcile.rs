@@ -97,11 +97,11 @@ impl Looker {
             Err(error) => HostSeen::Unreachable { reason: error.to_string() },
         };
         keep_observed(state, &rows, &seen).await;
+        let was_reached = host.is_ok();
+        publish(state, host);
         if let HostSeen::Reachable(vms) = &seen {
             self.receipts.keep(state, &rows, vms).await;
         }
-        let was_reached = host.is_ok();
-        publish(state, host);
         if was_reached {
             life::carry_out(state, &rows).await;
         }

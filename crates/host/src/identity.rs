@@ -167,14 +167,14 @@ pub(crate) struct Giving<'a> {
 /// good, with what differs; the guest's own.
 pub(crate) async fn give(agent: &AgentClient, giving: Giving<'_>, siblings: &Siblings) -> Result<Receipt> {
     let Giving { launch, own, origin, provisions } = giving;
-    let wanted = new(launch, own, clock_ns())?;
     let revision = agent.hello().map_or(1, |about| about.revision());
     if revision < REVISION && !own {
         return Err(Error::refused("the guest's agent is older than this Burgeon, and cannot be made another machine")
             .with_hint("make the substrate again, or stop the VM, start it and fork it then"));
     }
-    provisions::check_agent(agent, provisions)?;
-    provisions::put_files(agent, provisions).await?;
+    provisions::give(agent, provisions).await?;
+    // Behind what may be large and take its time: with it goes the time of now.
+    let wanted = new(launch, own, clock_ns())?;
     let key = if own { None } else { Some(ssh_key::files(&random()?, random()?, &launch.name)?) };
     let fingerprint = key.as_ref().and_then(|key| ssh_key::fingerprint(&key.public));
     let asked = clock_ns();
@@ -184,8 +184,7 @@ pub(crate) async fn give(agent: &AgentClient, giving: Giving<'_>, siblings: &Sib
     } else {
         let key = key.map(|key| Provision::SshHostKey { private: key.private, public: key.public });
         let kept = (launch.keep.secrets && !own).then_some(Provision::KeepSecrets);
-        let given = provisions::words(provisions);
-        patient.renew_with(wanted.clone(), key.into_iter().chain(kept).chain(given).collect()).await
+        patient.renew_with(wanted.clone(), key.into_iter().chain(kept).collect()).await
     };
     let (shown, more) = shown.map_err(|error| error.context("give the guest its identity"))?;
     // The guest told its time somewhere between the question and the answer.

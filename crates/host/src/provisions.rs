@@ -224,9 +224,7 @@ pub(crate) fn of(secrets: &Secrets, directory: &Path, record: &Record) -> Result
     Ok(Provisions { environment, files, secrets: values })
 }
 
-/// # Errors
-/// `Refused` for an agent that is too old.
-pub(crate) fn check_agent(agent: &AgentClient, provisions: &Provisions) -> Result<()> {
+fn check_agent(agent: &AgentClient, provisions: &Provisions) -> Result<()> {
     if provisions.is_empty() || agent.hello().map_or(1, |about| about.revision()) >= REVISION {
         return Ok(());
     }
@@ -234,11 +232,7 @@ pub(crate) fn check_agent(agent: &AgentClient, provisions: &Provisions) -> Resul
         .with_hint("make the substrate again, or stop the VM, start it and fork it then"))
 }
 
-/// Puts the files into the guest.
-///
-/// # Errors
-/// The guest's, with the file.
-pub(crate) async fn put_files(agent: &AgentClient, provisions: &Provisions) -> Result<()> {
+async fn put_files(agent: &AgentClient, provisions: &Provisions) -> Result<()> {
     if provisions.files.is_empty() {
         return Ok(());
     }
@@ -257,8 +251,8 @@ pub(crate) async fn put_files(agent: &AgentClient, provisions: &Provisions) -> R
     Ok(())
 }
 
-/// The rest, in the words of the protocol.
-pub(crate) fn words(provisions: &Provisions) -> Vec<Provision> {
+/// Environment and secrets, in the words of the protocol.
+fn words(provisions: &Provisions) -> Vec<Provision> {
     let Provisions { environment, secrets, .. } = provisions;
     let variables: Vec<_> =
         environment.iter().map(|(name, value)| (name.clone().into_bytes(), value.clone().into_bytes())).collect();
@@ -270,15 +264,14 @@ pub(crate) fn words(provisions: &Provisions) -> Vec<Provision> {
     environment.into_iter().chain(secrets.iter().map(secret)).collect()
 }
 
-/// Gives a guest that has booted what it is to have.
+/// Gives a guest what it is to have. Where its workload is frozen, it takes environment and secrets with its next identity.
 ///
 /// # Errors
-/// As [`of`] and [`check_agent`]; the guest's.
-pub(crate) async fn give(secrets: &Secrets, directory: &Path, record: &Record, agent: &AgentClient) -> Result<()> {
-    let provisions = of(secrets, directory, record)?;
-    check_agent(agent, &provisions)?;
-    put_files(agent, &provisions).await?;
-    let words = words(&provisions);
+/// `Refused` for an agent that is too old; the guest's.
+pub(crate) async fn give(agent: &AgentClient, provisions: &Provisions) -> Result<()> {
+    check_agent(agent, provisions)?;
+    put_files(agent, provisions).await?;
+    let words = words(provisions);
     if words.is_empty() {
         return Ok(());
     }

@@ -251,7 +251,7 @@ async fn try_once(
     let up = connect(directory, launch, guard.process.clone(), phases).await?;
     if let (true, Some(agent)) = (awaits_provisions, &up.agent) {
         phases.enter("provide");
-        provisions::give(&context.secrets, directory, &record, agent).await?;
+        provisions::give(agent, &provisions::of(&context.secrets, directory, &record)?).await?;
     }
     guard.armed = false;
     Ok(up)
@@ -508,7 +508,7 @@ pub(crate) async fn adopt(context: &Context, directory: &Path, record: &Record, 
             fork::capture_is_over(directory);
         }
         if record.awaits_provisions {
-            provisions::give(&context.secrets, directory, record, &agent).await?;
+            provisions::give(&agent, &provisions::of(&context.secrets, directory, record)?).await?;
         }
         up.agent = Some(agent);
         up.guest = Some(guest);

@@ -14,12 +14,16 @@ use burgeon_api::{
     vm::{Observed, VmView},
 };
 use burgeon_store::meta::VmRow;
+use tokio::time::{Duration, timeout};
 
 use super::{Answer, Routes, vms};
 use crate::{
     state::{Shared, now_s},
     substrates,
 };
+
+/// How long it may take until the receipt of a new VM is seen.
+const SHOWN: Duration = Duration::from_secs(10);
 
 pub(super) fn add(routes: &mut Routes) {
     let (one, many) = (routes.schema::<SubstrateView>(), routes.schema::<Vec<SubstrateView>>());
@@ -178,13 +182,28 @@ async fn park(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<Jso
 }
 
 async fn receipt(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<Json<Receipt>> {
-    let view = state.view(state.meta.vm(&vm).await?);
-    // What the host tells may not be kept yet.
-    if let Some(receipt) = view.on_host.and_then(|vm| vm.receipt) {
-        return Ok(Json(receipt));
-    }
-    let kept = state.meta.receipts(&view.id.to_string()).await?.pop();
-    Ok(Json(kept.ok_or_else(|| has_none(&view.name))?.receipt))
+    let row = state.meta.vm(&vm).await?;
+    let is_activation = row.source.as_ref().is_some_and(|source| source.begin.is_activation());
+    let found = async {
+        loop {
+            let looks = state.seen.borrow().looks;
+            let view = state.view(row.clone());
+            let is_over = burgeon_plan::vm::is_over(&view.observed);
+            // What the host tells may not be kept yet.
+            if let Some(receipt) = view.on_host.and_then(|vm| vm.receipt) {
+                return Ok(receipt);
+            }
+            match state.meta.receipts(&row.id.to_string()).await?.pop() {
+                Some(kept) => return Ok(kept.receipt),
+                None if is_over || !is_activation => return Err(has_none(&row.name)),
+                // It has just been made, and what it has shown is seen at the next look.
+                None => state.when(|seen| (seen.looks > looks).then_some(Ok(()))).await?,
+            }
+        }
+    };
+    state.kick.notify_one();
+    let receipt = timeout(SHOWN, found).await.map_err(|_| has_none(&row.name))??;
+    Ok(Json(receipt))
 }
 
 async fn receipts(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<Json<Vec<KeptReceipt>>> {

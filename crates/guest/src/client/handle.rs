@@ -334,7 +334,8 @@ impl AgentClient {
         }
     }
 
-    /// Gives a guest that was booted its environment and its secrets. For agents of revision 3 and later.
+    /// Gives a guest its environment and its secrets: at once, or, while its workload is frozen, with the identity that
+    /// follows. For agents of revision 3 and later.
     ///
     /// # Errors
     /// `Refused`, `Deadline`, `Unavailable`.

@@ -93,7 +93,8 @@ pub enum Request {
         identity: Identity,
         more: Vec<Provision>,
     },
-    /// Gives a guest that was booted its environment and its secrets; since [`REVISION`] 3.
+    /// Gives a guest its environment and its secrets: at once, or, while its workload is frozen, with the identity that
+    /// follows; since [`REVISION`] 3.
     Provide {
         more: Vec<Provision>,
     },
