@@ -61,6 +61,7 @@ pub(crate) fn boot(workspace: &Workspace, image: &str, profile: &Profile) -> Res
         image: image.into(),
         profile: profile.clone(),
         life: burgeon_api::life::SetLife::default(),
+        provisions: burgeon_api::provisions::Provisions::default(),
     };
     let begun = Instant::now();
     client.post::<VmView>("/v1/vms", &request)?;

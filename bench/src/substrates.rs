@@ -9,7 +9,8 @@ use anyhow::{Context, Result, ensure};
 use burgeon_api::{
     ByteSize, VmId,
     profile::Profile,
-    substrate::{ActivateVms, CreateSubstrate, ForkVm, Forked, KeepStandbys, Recipe, SubstrateView},
+    provisions::Provisions,
+    substrate::{ActivateVms, CreateSubstrate, ForkVm, Forked, Keep, KeepStandbys, Recipe, SubstrateView},
     vm::{Observed, VmView},
 };
 use serde_json::json;
@@ -56,7 +57,8 @@ fn substrate(workspace: &Workspace) -> Result<(Client, SubstrateView)> {
 /// VMs that go on from it, by one request.
 fn vms(workspace: &Workspace, client: &Client, count: usize) -> Result<Vec<Vm>> {
     let ids: Vec<VmId> = (0..count).map(|_| VmId::generate()).collect();
-    let request = ActivateVms { ids: ids.clone(), names: Vec::new(), life: burgeon_api::life::SetLife::default() };
+    let (life, keep) = (burgeon_api::life::SetLife::default(), Keep::default());
+    let request = ActivateVms { ids: ids.clone(), names: Vec::new(), life, keep, provisions: Provisions::default() };
     client.post::<Vec<VmView>>(&format!("/v1/substrates/{NAME}/vms"), &request)?;
     let running = |id: &VmId| product::running(workspace, client.clone(), wait(client, *id)?);
     ids.iter().map(running).collect()
@@ -121,7 +123,13 @@ pub(crate) fn activate(workspace: &Workspace, runs: u32, from: From) -> Result<O
 }
 
 fn fork(client: &Client, vm: &Vm) -> Result<(Forked, Duration)> {
-    let request = ForkVm { ids: vec![VmId::generate()], names: Vec::new(), all_or_nothing: true };
+    let request = ForkVm {
+        ids: vec![VmId::generate()],
+        names: Vec::new(),
+        all_or_nothing: true,
+        keep: Keep::default(),
+        provisions: Provisions::default(),
+    };
     let begun = Instant::now();
     let forked: Forked = client.post(&format!("/v1/vms/{}/fork", vm.id), &request)?;
     let took = begun.elapsed();

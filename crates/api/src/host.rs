@@ -14,8 +14,9 @@ use crate::{
     http::Setting,
     image::Image,
     profile::Profile,
+    provisions::Provisions,
     snapshot::VmSnapshot,
-    substrate::{Forked, Recipe, Standbys},
+    substrate::{Forked, Keep, Recipe, Standbys},
     vm::{Figures, HostVm},
 };
 
@@ -42,6 +43,9 @@ pub struct Launch {
     pub source: Option<Source>,
     #[serde(default)]
     pub begin: Begin,
+    /// Where it goes on from another VM's memory.
+    #[serde(default)]
+    pub keep: Keep,
 }
 
 /// How a VM begins.
@@ -209,6 +213,12 @@ pub enum Request {
     List,
     /// Returns once the launch is recorded; `Watch` tells how it goes.
     Launch(Box<Launch>),
+    /// What a VM that will be launched is given before its workload runs; nothing takes back what was given before. Ignored
+    /// for one that is there.
+    Provide {
+        vm: VmId,
+        provisions: Provisions,
+    },
     /// Starts a VM that has stopped, with its disk. `starts` counts what was asked for: a number that the
     /// host has begun already changes nothing.
     Start {

@@ -7,6 +7,7 @@ use crate::{
     ByteSize, Error, PipelineId, VmId,
     life::SetLife,
     profile::Profile,
+    provisions::Provisions,
     store::{Checked, Collected},
     vm::Accelerator,
 };
@@ -51,6 +52,9 @@ pub struct CreateVm {
     /// Without end when absent.
     #[serde(default)]
     pub life: SetLife,
+    /// For an image with an agent.
+    #[serde(default)]
+    pub provisions: Provisions,
 }
 
 /// `POST /v1/vms/{vm}/stop`

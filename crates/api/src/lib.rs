@@ -20,6 +20,7 @@ pub mod name;
 pub mod path_text;
 pub mod pipeline;
 pub mod profile;
+pub mod provisions;
 pub mod receipt;
 pub mod recipe;
 pub mod remote;

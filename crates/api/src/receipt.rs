@@ -3,7 +3,16 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::vm::PhaseTime;
+use crate::{VmId, vm::PhaseTime};
+
+/// A receipt, and whose it is. It is kept when the VM goes on as another one, stops, or is removed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct KeptReceipt {
+    pub vm: VmId,
+    /// The VM's name when it showed this.
+    pub name: String,
+    pub receipt: Receipt,
+}
 
 /// The receipt of an activation. Without a good one the VM was ended.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

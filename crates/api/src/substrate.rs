@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, VmId, profile::Profile, vm::Observed};
+use crate::{ByteSize, VmId, profile::Profile, provisions::Provisions, vm::Observed};
 
 /// How a substrate is made.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -114,6 +114,21 @@ pub struct ForkVm {
     /// One that fails makes all fail.
     #[serde(default)]
     pub all_or_nothing: bool,
+    #[serde(default)]
+    pub keep: Keep,
+    /// What each of them is given.
+    #[serde(default)]
+    pub provisions: Provisions,
+}
+
+/// What a VM keeps of the one whose memory it goes on from. Without these it is ended or removed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Keep {
+    /// TCP connections to other machines.
+    pub connections: bool,
+    /// What is in `/run/burgeon/secrets`.
+    pub secrets: bool,
 }
 
 /// What became of a fork.
@@ -139,6 +154,11 @@ pub struct ActivateVms {
     /// Without end when absent.
     #[serde(default)]
     pub life: crate::life::SetLife,
+    #[serde(default)]
+    pub keep: Keep,
+    /// What each of them is given.
+    #[serde(default)]
+    pub provisions: Provisions,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

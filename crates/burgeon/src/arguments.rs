@@ -180,6 +180,11 @@ pub enum VmCommand {
         /// The user who may log in with the keys; the image's own without it
         #[arg(long, value_name = "NAME", requires = "ssh_key")]
         user: Option<String>,
+        /// Leave TCP connections that the substrate has to other machines open, instead of ending them
+        #[arg(long, requires = "substrate")]
+        keep_connections: bool,
+        #[command(flatten)]
+        provide: ProvideArguments,
         #[command(flatten)]
         life: LifeArguments,
         /// Do not wait until it runs
@@ -304,7 +309,13 @@ pub enum VmCommand {
         snapshot: Option<String>,
     },
     /// Show what a VM that goes on from a substrate, or was forked, has proved of its identity
-    Receipt(VmName),
+    Receipt {
+        /// Name or id
+        vm: String,
+        /// List all that it has shown, each time it went on; also of a VM that was removed
+        #[arg(long)]
+        all: bool,
+    },
     /// A VM's disks: plug in, grow, snapshot
     #[command(subcommand)]
     Disk(DiskCommand),
@@ -327,6 +338,22 @@ pub struct LifeArguments {
 }
 
 #[derive(Debug, Args)]
+pub struct ProvideArguments {
+    /// Set a variable for all commands in the VM; {n} in the value is the VM's number among those of this command
+    #[arg(long, short, value_name = "KEY=VALUE")]
+    pub env: Vec<String>,
+    /// Set the variables of a file: KEY=VALUE lines as they are; empty ones and those that begin with # are skipped
+    #[arg(long, value_name = "FILE")]
+    pub env_file: Vec<PathBuf>,
+    /// Put a file of this machine into the VM before its programs run; 1 MiB in all
+    #[arg(long, value_name = "GUEST_PATH=HOST_FILE[:MODE]")]
+    pub file: Vec<String>,
+    /// Put a secret into /run/burgeon/secrets before its programs run; - is standard input
+    #[arg(long, value_name = "NAME=FILE")]
+    pub secret: Vec<String>,
+}
+
+#[derive(Debug, Args)]
 pub struct ForkArguments {
     /// Name or id
     pub vm: String,
@@ -339,6 +366,14 @@ pub struct ForkArguments {
     /// Keep none of them when one cannot be made
     #[arg(long)]
     pub all_or_nothing: bool,
+    /// Leave TCP connections to other machines open, instead of ending them
+    #[arg(long)]
+    pub keep_connections: bool,
+    /// Leave what is in /run/burgeon/secrets, instead of removing it
+    #[arg(long)]
+    pub keep_secrets: bool,
+    #[command(flatten)]
+    pub provide: ProvideArguments,
 }
 
 #[derive(Debug, Subcommand)]

@@ -7,6 +7,7 @@ use burgeon_api::{
     disk::{DiskChanged, DiskChanges, DiskView},
     host::{DiskRequest, Envelope, FileRequest, Handover, Launch, Reply, Request, StopMode, VERSION},
     image::Image,
+    provisions::Provisions,
     snapshot::VmSnapshot,
     substrate::{Forked, Recipe, Standbys},
     vm::HostVm,
@@ -82,6 +83,11 @@ impl HostClient {
 
     pub(crate) async fn launch(&self, launch: Launch) -> Result<()> {
         self.done(Request::Launch(Box::new(launch)), QUICK).await
+    }
+
+    /// What a VM is given that will be launched.
+    pub(crate) async fn provide(&self, vm: VmId, provisions: Provisions) -> Result<()> {
+        self.done(Request::Provide { vm, provisions }, QUICK).await
     }
 
     /// Makes a substrate of a running VM.

@@ -194,6 +194,7 @@ impl HostRunner {
         };
         let profile = Profile { memory: job.memory, cpus: job.cpus, init: Init::None, ..Profile::default() };
         let launch = Launch {
+            keep: burgeon_api::substrate::Keep::default(),
             id,
             name: name.clone(),
             image,

@@ -16,6 +16,7 @@ mod life;
 mod pipelines;
 mod places;
 mod rebuild;
+mod receipts;
 mod reconcile;
 mod relocate;
 mod remotes;

@@ -21,7 +21,9 @@ use tokio::{
 
 use crate::{
     host_client::receive_message,
-    life, snapshots,
+    life,
+    receipts::Receipts,
+    snapshots,
     state::{Seen, Shared, State},
 };
 
@@ -31,7 +33,8 @@ const PERIOD: Duration = Duration::from_secs(5);
 const GRACE: Duration = Duration::from_secs(90);
 
 pub(crate) async fn run(state: Shared) {
-    let mut looker = Looker { state: state.clone(), tasks: Tasks::default(), told: BTreeSet::new() };
+    let mut looker =
+        Looker { state: state.clone(), tasks: Tasks::default(), told: BTreeSet::new(), receipts: Receipts::default() };
     while !state.shutdown.is_cancelled() {
         looker.look_and_act().await;
         tokio::select! {
@@ -72,6 +75,7 @@ struct Looker {
     tasks: Tasks,
     /// Damaged rows that the log has told of.
     told: BTreeSet<String>,
+    receipts: Receipts,
 }
 
 impl Looker {
@@ -96,6 +100,9 @@ impl Looker {
         keep_observed(state, &rows, &seen).await;
         let was_reached = host.is_ok();
         publish(state, host);
+        if let HostSeen::Reachable(vms) = &seen {
+            self.receipts.keep(state, &rows, vms).await;
+        }
         if was_reached {
             life::carry_out(state, &rows).await;
         }

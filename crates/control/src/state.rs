@@ -217,6 +217,7 @@ impl State {
             profile: row.profile.clone(),
             source: row.source.as_ref().map(|source| source.source.clone()),
             begin,
+            keep: row.source.as_ref().map(|source| source.keep).unwrap_or_default(),
         })
     }
 

@@ -6,7 +6,8 @@ use burgeon_api::{
     Error, ErrorKind, Result, VmId,
     host::{Begin, Source},
     image::Image,
-    substrate::{Child, Forked, Standbys, SubstrateView},
+    provisions::Provisions,
+    substrate::{Child, ForkVm, Forked, Keep, Standbys, SubstrateView},
     vm::{Intent, Observed},
 };
 use burgeon_plan::vm::is_over;
@@ -17,6 +18,8 @@ use crate::state::{Shared, now_s};
 
 /// How long a substrate's VM may take to come up, and one that goes on.
 pub(crate) const UP: Duration = Duration::from_secs(300);
+/// How long a host process that is being started is waited for.
+const REACHED: Duration = Duration::from_secs(10);
 /// VMs that one request makes.
 pub(crate) const MOST_AT_ONCE: usize = 256;
 
@@ -180,7 +183,7 @@ pub(crate) fn rows(
     source: &VmRow,
     snapshot: Option<&str>,
     image: &Image,
-    begin: Begin,
+    (begin, keep): (Begin, Keep),
     ids: &[VmId],
     names: &[String],
 ) -> Result<Vec<VmRow>> {
@@ -197,11 +200,47 @@ pub(crate) fn rows(
         let name = names.get(index).cloned().unwrap_or_else(|| format!("{}-{}", source.name, id.short()));
         let from = Source { vm: source.id, snapshot: snapshot.map(str::to_string) };
         VmRow {
-            source: Some(CloneSource { source: from, image: image.clone(), begin }),
+            source: Some(CloneSource { source: from, image: image.clone(), begin, keep }),
             ..VmRow::new(*id, name, source.image.clone(), source.profile.clone(), now_s())
         }
     };
     Ok(ids.iter().enumerate().map(row).collect())
+}
+
+/// Records VMs that are given something: all of them, or none. As [`record`].
+///
+/// # Errors
+/// `Invalid` for what cannot be given; those of [`record`].
+pub(crate) async fn provided(state: &Shared, rows: Vec<VmRow>, provisions: &Provisions) -> Result<Vec<VmRow>> {
+    provisions.check()?;
+    if provisions.is_empty() || !there(state, &rows).await?.is_empty() {
+        return record(state, rows).await;
+    }
+    // A server that has just been started may be a moment ahead of its host process. What that answers then tells.
+    let reached = state.when(|seen| (seen.looks > 0 && seen.unreachable.is_none()).then_some(Ok(())));
+    drop(timeout(REACHED, reached).await);
+    let ids: Vec<VmId> = rows.iter().map(|row| row.id).collect();
+    let recorded = async {
+        // Before there is a row, which may be launched at once.
+        for (index, id) in ids.iter().enumerate() {
+            state.host.provide(*id, provisions.numbered(index + 1)).await?;
+        }
+        record(state, rows).await
+    };
+    let recorded = recorded.await;
+    if recorded.is_err() {
+        take_back(state, &ids).await;
+    }
+    recorded
+}
+
+/// Has the host forget what was provided for VMs that are not made. Of those that it has launched it has forgotten it.
+async fn take_back(state: &Shared, ids: &[VmId]) {
+    for id in ids {
+        if let Err(error) = state.host.provide(*id, Provisions::default()).await {
+            tracing::warn!(%error, "what was provided for a VM that is not made stays for now");
+        }
+    }
 }
 
 /// Records VMs: all of them, or none. Asking again with the same ids changes nothing.
@@ -251,15 +290,11 @@ async fn remove(state: &Shared, ids: &[VmId]) -> Result<()> {
 ///
 /// # Errors
 /// Those of the rows, and the host's; with `all_or_nothing` that of any child. Then there are no children.
-pub(crate) async fn fork(
-    state: &Shared,
-    source: VmRow,
-    ids: Vec<VmId>,
-    names: Vec<String>,
-    all_or_nothing: bool,
-) -> Result<Forked> {
+pub(crate) async fn fork(state: &Shared, source: VmRow, request: ForkVm) -> Result<Forked> {
+    let ForkVm { ids, names, all_or_nothing, keep, provisions } = request;
+    provisions.check()?;
     let image = state.host.image_of(source.id).await?;
-    let rows = rows(&source, None, &image, Begin::Fork, &ids, &names)?;
+    let rows = rows(&source, None, &image, (Begin::Fork, keep), &ids, &names)?;
     let there = there(state, &rows).await?;
     if !there.is_empty() {
         let children = there.into_iter().map(|row| Child { id: row.id, name: row.name, error: None }).collect();
@@ -267,13 +302,16 @@ pub(crate) async fn fork(
     }
     state.forking.send_modify(|forking| forking.extend(&ids));
     let forked = async {
-        let rows = record(state, rows).await?;
+        let rows = provided(state, rows, &provisions).await?;
         let made = at_one_instant(state, source.id, &rows, all_or_nothing).await;
         let (gone, stay): (Vec<VmId>, Vec<VmId>) = ids.iter().partition(|id| match &made {
             Ok(forked) => forked.children.iter().any(|child| child.id == **id && child.error.is_some()),
             Err(_) => true,
         });
         remove(state, &gone).await?;
+        if !provisions.is_empty() {
+            take_back(state, &gone).await;
+        }
         for id in stay {
             state.meta.set_observed(id, Observed::Running, true).await?;
         }

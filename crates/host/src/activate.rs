@@ -16,6 +16,7 @@ use std::{os::fd::AsFd, path::Path, sync::Arc, time::Duration};
 use burgeon_api::{
     Error, Result, VmId,
     host::{Begin, Launch},
+    provisions::Provisions,
     receipt::Receipt,
     vm::{Accelerator, GuestView},
 };
@@ -36,9 +37,9 @@ use tokio::{
 use crate::{
     console::Console,
     frozen::Frozen,
-    identity::{self, IDENTITY_DEADLINE},
+    identity::{self, Giving, IDENTITY_DEADLINE},
     plug::blocking,
-    prepare,
+    prepare, provisions,
     record::Record,
     snapshots::{self, Snapshot},
     standby::{From, Standby},
@@ -383,7 +384,7 @@ async fn renew(
     phases: &mut Phases<'_>,
 ) -> Result<(Receipt, GuestView)> {
     state::go_on(qmp).await?;
-    let receipt = identify(context, &record.launch, claim, agent, phases).await?;
+    let receipt = identify(context, record, claim, agent, phases).await?;
     phases.enter(THAW);
     // What its user had frozen before it was parked stays so.
     if !record.frozen {
@@ -396,12 +397,20 @@ async fn renew(
 
 async fn identify(
     context: &Context,
-    launch: &Launch,
+    record: &Record,
     claim: &Claim,
     agent: &AgentClient,
     phases: &mut Phases<'_>,
 ) -> Result<Receipt> {
     agent.wait_ready(Instant::now() + IDENTITY_DEADLINE).await?;
     phases.enter("identify");
-    identity::give(agent, launch, claim.source == launch.id, &claim.origin, &context.siblings).await
+    let own = claim.source == record.launch.id;
+    // One that goes on from its own state has what it was given.
+    let provisions = if own {
+        Provisions::default()
+    } else {
+        provisions::of(&context.secrets, &context.layout.vm(record.launch.id), record)?
+    };
+    let giving = Giving { launch: &record.launch, own, origin: &claim.origin, provisions: &provisions };
+    identity::give(agent, giving, &context.siblings).await
 }

@@ -11,6 +11,7 @@ use burgeon_api::{
     exec::{ExecSpec, Exit},
     host::Launch,
     profile::Network,
+    provisions::Provisions,
     receipt::Receipt,
     vm::PhaseTime,
 };
@@ -20,7 +21,7 @@ use burgeon_guest::{
 };
 use burgeon_plan::receipt::{Wanted, check};
 
-use crate::{ssh_key, start::clock_ns};
+use crate::{provisions, ssh_key, start::clock_ns};
 
 /// How long the guest may take to renew itself, its own programs for that included.
 pub(crate) const IDENTITY_DEADLINE: Duration = Duration::from_secs(60);
@@ -110,7 +111,7 @@ fn new(launch: &Launch, own: bool, now_ns: u64) -> Result<protocol::Identity> {
         host_name: launch.name.clone(),
         machine_id: (!own).then(|| launch.id.uuid().into_bytes()),
         hardware_addresses,
-        end_connections: !own,
+        end_connections: !own && !launch.keep.connections,
     })
 }
 
@@ -149,25 +150,31 @@ fn receipt(shown: protocol::Receipt, more: &[Proof], origin: String, now_ns: u64
     }
 }
 
-/// Gives a guest that goes on from a captured state its identity, and takes its receipt. `own`: the state was its own.
-/// Whoever gets an error must end the guest.
+/// What a guest is given that goes on from a captured state.
+pub(crate) struct Giving<'a> {
+    pub(crate) launch: &'a Launch,
+    /// The state was its own.
+    pub(crate) own: bool,
+    pub(crate) origin: &'a str,
+    pub(crate) provisions: &'a Provisions,
+}
+
+/// Gives a guest that goes on from a captured state its identity, and takes its receipt. Whoever gets an error must end
+/// the guest.
 ///
 /// # Errors
 /// `Refused` for an agent that is too old for a clone; `Deadline` where no receipt comes; `Damaged` for one that is not
 /// good, with what differs; the guest's own.
-pub(crate) async fn give(
-    agent: &AgentClient,
-    launch: &Launch,
-    own: bool,
-    origin: &str,
-    siblings: &Siblings,
-) -> Result<Receipt> {
-    let wanted = new(launch, own, clock_ns())?;
+pub(crate) async fn give(agent: &AgentClient, giving: Giving<'_>, siblings: &Siblings) -> Result<Receipt> {
+    let Giving { launch, own, origin, provisions } = giving;
     let revision = agent.hello().map_or(1, |about| about.revision());
     if revision < REVISION && !own {
         return Err(Error::refused("the guest's agent is older than this Burgeon, and cannot be made another machine")
             .with_hint("make the substrate again, or stop the VM, start it and fork it then"));
     }
+    provisions::give(agent, provisions).await?;
+    // Behind what may be large and take its time: with it goes the time of now.
+    let wanted = new(launch, own, clock_ns())?;
     let key = if own { None } else { Some(ssh_key::files(&random()?, random()?, &launch.name)?) };
     let fingerprint = key.as_ref().and_then(|key| ssh_key::fingerprint(&key.public));
     let asked = clock_ns();
@@ -176,7 +183,8 @@ pub(crate) async fn give(
         patient.renew(wanted.clone()).await.map(|receipt| (receipt, Vec::new()))
     } else {
         let key = key.map(|key| Provision::SshHostKey { private: key.private, public: key.public });
-        patient.renew_with(wanted.clone(), key.into_iter().collect()).await
+        let kept = (launch.keep.secrets && !own).then_some(Provision::KeepSecrets);
+        patient.renew_with(wanted.clone(), key.into_iter().chain(kept).collect()).await
     };
     let (shown, more) = shown.map_err(|error| error.context("give the guest its identity"))?;
     // The guest told its time somewhere between the question and the answer.

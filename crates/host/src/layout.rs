@@ -38,7 +38,8 @@ impl Layout {
         }
         let layout = Layout { data };
         layout.claim()?;
-        for directory in [layout.data.clone(), layout.vms(), layout.images(), layout.cache(), layout.temporary()] {
+        let below = [layout.vms(), layout.all_provisions(), layout.images(), layout.cache(), layout.temporary()];
+        for directory in [layout.data.clone()].into_iter().chain(below) {
             fs::DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)
@@ -83,6 +84,13 @@ impl Layout {
     pub fn vm(&self, id: VmId) -> PathBuf {
         let text = id.uuid().simple().to_string();
         self.vms().join(&text[20..])
+    }
+    /// What VMs are to be given that are not launched yet.
+    pub fn all_provisions(&self) -> PathBuf {
+        self.data.join("provisions")
+    }
+    pub fn provisions(&self, id: VmId) -> PathBuf {
+        self.all_provisions().join(format!("{id}.json"))
     }
     pub fn images(&self) -> PathBuf {
         self.data.join("images")

@@ -19,6 +19,7 @@ pub mod layout;
 mod pause;
 mod plug;
 mod prepare;
+mod provisions;
 mod record;
 mod registry;
 mod room;
@@ -111,6 +112,7 @@ pub async fn run(options: Options) -> Result<()> {
         disks: disks::Disks::start(layout.clone(), options.elsewhere)?,
         substrates: frozen::Substrates::default(),
         siblings: identity::Siblings::default(),
+        secrets: provisions::Secrets::default(),
         room: room::Room::default(),
         standbys: standby::Standbys::default(),
         layout: layout.clone(),
@@ -120,6 +122,7 @@ pub async fn run(options: Options) -> Result<()> {
         // The lock is ours, so nobody listens there.
         std::fs::remove_file(&socket).map_err(|error| Error::io("replace the host's socket", &error))?;
     }
+    provisions::sweep(&layout);
     let registry = Registry::start(context.clone());
     let listener =
         UnixListener::bind(&socket).map_err(|error| Error::io(format!("listen on {}", socket.display()), &error))?;

@@ -45,6 +45,9 @@ pub(crate) struct Record {
     /// It is going on from a captured state, and has not shown its receipt yet.
     #[serde(default)]
     pub awaits_receipt: bool,
+    /// It boots, and has not been given its environment, files and secrets yet.
+    #[serde(default)]
+    pub awaits_provisions: bool,
     /// What is kept of it, where it is a substrate or parked.
     #[serde(default)]
     pub docked: Option<Docked>,

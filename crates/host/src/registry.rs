@@ -17,6 +17,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use crate::{
     activate::Claim,
+    provisions,
     record::{Record, find_unrecorded},
     snapshots, standby,
     start::Context,
@@ -176,14 +177,19 @@ fn look_for(directory: &Path, mut record: Record) -> (Record, Result<Arc<Process
         let reason = "the host process ended before it went on".to_string();
         return (record, Err(Observed::Parked { reason }));
     }
-    if record.awaits_receipt {
+    let has_lost_secrets = record.awaits_provisions && provisions::have_secrets(directory) && record.starts == 0;
+    if record.awaits_receipt || has_lost_secrets {
         // It was being given its identity, and nobody knows how far that went.
         // One that it has claimed may have died, and its own not be written down yet.
         let known = [record.process.clone(), find_unrecorded(directory)];
         for process in known.into_iter().flatten().filter_map(|process| Process::hold(&process).ok()) {
             process.kill();
         }
-        let reason = "the host process ended before the VM had shown its receipt".to_string();
+        let reason = if has_lost_secrets {
+            "its secrets were lost with the host process; make it again with them".to_string()
+        } else {
+            "the host process ended before the VM had shown its receipt".to_string()
+        };
         // Its disk is its own, and it may boot from that; one that has never run is nothing.
         let has_run = record.starts > 0;
         return (record, Err(if has_run { Observed::Stopped { reason } } else { Observed::Failed { reason } }));

@@ -7,6 +7,7 @@ use burgeon_api::{
     disk::DiskChanged,
     host::{DiskRequest, Envelope, FileEntry, FileKind, FileRequest, Reply, Request, VERSION},
     http::Setting,
+    provisions::Provisions,
     snapshot::VmSnapshot,
     substrate::Recipe,
     vm::{HostVm, Observed},
@@ -24,6 +25,7 @@ use crate::{
     fork::End,
     handover,
     plug::{self, blocking},
+    provisions,
     record::Record,
     registry::Registry,
     session::Attachment,
@@ -119,6 +121,10 @@ impl Connection {
             }
             Request::Launch(launch) => {
                 self.registry.launch(*launch, None).await?;
+                reply(stream, &Reply::Done).await
+            }
+            Request::Provide { vm, provisions } => {
+                self.provide(vm, provisions).await?;
                 reply(stream, &Reply::Done).await
             }
             Request::Start { vm, starts } => {
@@ -258,6 +264,14 @@ impl Connection {
                 Ok(())
             }
         }
+    }
+
+    async fn provide(&self, vm: VmId, provisions: Provisions) -> Result<()> {
+        if self.registry.get(vm).await.is_ok() {
+            return Ok(());
+        }
+        let context = self.context.clone();
+        blocking(move || provisions::keep(&context.layout, &context.secrets, vm, provisions)).await
     }
 
     /// Makes a substrate of a VM. One that is docked already stays as it is.

@@ -47,6 +47,7 @@ use crate::{
     plug::blocking,
     prepare,
     prepare::Disk,
+    provisions::{self, Secrets},
     record::Record,
     room::Room,
     standby::{self, Standbys},
@@ -75,6 +76,7 @@ pub(crate) struct Context {
     pub(crate) disks: Arc<Disks>,
     pub(crate) substrates: Substrates,
     pub(crate) siblings: Siblings,
+    pub(crate) secrets: Secrets,
     pub(crate) standbys: Standbys,
     pub(crate) room: Room,
 }
@@ -242,10 +244,15 @@ async fn try_once(
     let attached = serve_disks(&context.disks, launch, run_as, disk == Disk::New).await?;
     phases.enter("start");
     let machine = prepare::machine(launch, accelerator, attached);
-    let record = Record { accelerator, ..record.clone() };
+    let awaits_provisions = provisions::are_there(directory);
+    let record = Record { accelerator, awaits_provisions, ..record.clone() };
     let (mut guard, record) = spawn(context, directory, record, &machine, run_as, None)?;
-    phases.tell(Step::Started { record: Box::new(record) });
+    phases.tell(Step::Started { record: Box::new(record.clone()) });
     let up = connect(directory, launch, guard.process.clone(), phases).await?;
+    if let (true, Some(agent)) = (awaits_provisions, &up.agent) {
+        phases.enter("provide");
+        provisions::give(agent, &provisions::of(&context.secrets, directory, &record)?).await?;
+    }
     guard.armed = false;
     Ok(up)
 }
@@ -470,10 +477,10 @@ pub(crate) fn clock_ns() -> u64 {
 
 /// Takes hold of a VM that runs already. QEMU's monitor and the agent are tried each for a moment;
 /// what does not answer is reported and tried again later, never taken for dead.
-pub(crate) async fn adopt(disks: &Arc<Disks>, directory: &Path, record: &Record, process: Arc<Process>) -> Result<Up> {
+pub(crate) async fn adopt(context: &Context, directory: &Path, record: &Record, process: Arc<Process>) -> Result<Up> {
     let launch = &record.launch;
     // First of all: until its disk is served again, the guest waits.
-    serve_disks(disks, launch, record.run_as(), false).await?;
+    serve_disks(&context.disks, launch, record.run_as(), false).await?;
     let deadline = Instant::now() + MONITOR_DEADLINE;
     let qmp = Qmp::connect(&directory.join(file::QEMU_DIRECTORY).join(file::MONITOR), deadline).await?;
     let console = match UnixStream::connect(directory.join(file::QEMU_DIRECTORY).join(file::CONSOLE)).await {
@@ -499,6 +506,9 @@ pub(crate) async fn adopt(disks: &Arc<Disks>, directory: &Path, record: &Record,
                 agent.thaw().await?;
             }
             fork::capture_is_over(directory);
+        }
+        if record.awaits_provisions {
+            provisions::give(&agent, &provisions::of(&context.secrets, directory, record)?).await?;
         }
         up.agent = Some(agent);
         up.guest = Some(guest);

@@ -53,6 +53,7 @@ use crate::{
     display, fork, frozen,
     plug::Gate,
     prepare::Disk,
+    provisions,
     record::Record,
     session::{self, Attachment},
     snapshots,
@@ -193,6 +194,7 @@ pub(crate) fn launch(
         starts: 0,
         receipt: None,
         awaits_receipt: false,
+        awaits_provisions: false,
         docked: None,
         rolling_back: None,
         standbys: None,
@@ -200,6 +202,7 @@ pub(crate) fn launch(
         paused: false,
         ended: None,
     };
+    provisions::move_in(&context.layout, &record.launch, &directory)?;
     record.store(&directory)?;
     let observed = Observed::Starting { phase: "queued".into() };
     Ok(spawn(context, directory, record, observed, changes, Begin::Launch(claim)))
@@ -335,8 +338,8 @@ fn bring_up(
 }
 
 fn adopt(context: &Arc<Context>, directory: PathBuf, record: Record, process: Arc<Process>) -> JoinHandle<Result<Up>> {
-    let disks = context.disks.clone();
-    tokio::spawn(async move { start::adopt(&disks, &directory, &record, process).await })
+    let context = context.clone();
+    tokio::spawn(async move { start::adopt(&context, &directory, &record, process).await })
 }
 
 enum Met {
@@ -443,8 +446,13 @@ impl Owner {
         while let Ok(step) = self.steps.try_recv() {
             self.note(step);
         }
+        self.context.secrets.forget(self.record.launch.id);
         match outcome {
             Ok(up) => {
+                if std::mem::take(&mut self.record.awaits_provisions) {
+                    // Before anybody is told that it runs: the next host process gives them once more.
+                    self.store();
+                }
                 if std::mem::take(&mut self.adopting) {
                     self.record.adoptions += 1;
                     self.store();
@@ -836,6 +844,7 @@ impl Owner {
             user: None,
             limits: Vec::new(),
             awaits_receipt: false,
+            awaits_provisions: false,
             frozen: self.record.frozen && self.record.goes_on(),
             paused: false,
             ended: None,
@@ -953,6 +962,7 @@ impl Owner {
     fn remove(&mut self) {
         self.context.groups.remove(&group_name(&self.record.launch));
         let (disks, id) = (self.context.disks.clone(), self.record.launch.id);
+        self.context.secrets.forget(id);
         self.context.substrates.forget(id);
         self.context.standbys.forget(id);
         disks.close_all(id);

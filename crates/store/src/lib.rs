@@ -14,6 +14,7 @@ pub mod meta;
 pub mod objects;
 pub mod pack;
 pub mod places;
+mod receipts;
 #[cfg(feature = "s3")]
 pub mod remote;
 pub mod rollback;

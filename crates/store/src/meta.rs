@@ -22,10 +22,11 @@ use crate::{
     sql::{Address, Connection, Database, Row, Table, claim_owner, copy, make_room},
 };
 
-static TABLES: [Table; 3] = [
+static TABLES: [Table; 4] = [
     Table { name: "vm", key: &["id"] },
     Table { name: "pipeline", key: &["id"] },
     Table { name: "item", key: &["pipeline", "path"] },
+    Table { name: "receipt", key: &["generation"] },
 ];
 
 /// A row of `vm`.
@@ -87,6 +88,9 @@ pub struct CloneSource {
     /// Whether it takes over the other's memory too.
     #[serde(default)]
     pub begin: burgeon_api::host::Begin,
+    /// And what it keeps with that.
+    #[serde(default)]
+    pub keep: burgeon_api::substrate::Keep,
 }
 
 /// A row of `pipeline`.
@@ -489,7 +493,7 @@ pub(crate) fn to_json(value: &impl Serialize) -> String {
     serde_json::to_string(value).unwrap_or_default()
 }
 
-fn from_json<T: DeserializeOwned>(text: &str) -> Result<T> {
+pub(crate) fn from_json<T: DeserializeOwned>(text: &str) -> Result<T> {
     serde_json::from_str(text).map_err(|error| Error::damaged(format!("meta holds a row that does not read: {error}")))
 }
 

@@ -14,7 +14,8 @@ pub(crate) static META: Component = Component {
 };
 
 /// One entry per version; entry n brings version n to n + 1. In SQLite's words, translated for PostgreSQL by `sql`.
-const MIGRATIONS: [&str; 6] = [FIRST, SECOND, THIRD, FOURTH, crate::life::MIGRATION, crate::rollback::MIGRATION];
+const MIGRATIONS: [&str; 7] =
+    [FIRST, SECOND, THIRD, FOURTH, crate::life::MIGRATION, crate::rollback::MIGRATION, crate::receipts::MIGRATION];
 
 pub(crate) const FIRST: &str = "
     CREATE TABLE vm (

@@ -11,6 +11,7 @@ mod image;
 mod image_remote;
 mod image_serve;
 mod pipeline;
+mod provisions;
 mod serve;
 mod snapshot;
 mod store;

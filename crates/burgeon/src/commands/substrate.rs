@@ -5,10 +5,9 @@ use std::time::{Duration, Instant};
 use burgeon_api::{
     Error, Result, VmId,
     image::ImageView,
-    life::SetLife,
     profile::Init,
-    receipt::Receipt,
-    substrate::{ActivateVms, CreateSubstrate, ForkVm, Forked, KeepStandbys, Recipe, SubstrateView},
+    receipt::{KeptReceipt, Receipt},
+    substrate::{ActivateVms, CreateSubstrate, ForkVm, Forked, Keep, KeepStandbys, Recipe, SubstrateView},
     vm::{Observed, VmView},
 };
 
@@ -191,7 +190,7 @@ async fn dock(context: &Context, substrate: &str, count: Option<u32>, wait: bool
 }
 
 /// Ids and names of new VMs.
-fn new_vms(name: Option<String>, count: u32) -> (Vec<VmId>, Vec<String>) {
+pub(super) fn new_vms(name: Option<String>, count: u32) -> (Vec<VmId>, Vec<String>) {
     let ids = (0..count).map(|_| VmId::generate()).collect();
     let names = match (name, count) {
         (None, _) => Vec::new(),
@@ -202,17 +201,9 @@ fn new_vms(name: Option<String>, count: u32) -> (Vec<VmId>, Vec<String>) {
 }
 
 /// `source`: the path of what they go on from.
-pub(super) async fn activate(
-    context: &Context,
-    source: &str,
-    name: Option<String>,
-    count: u32,
-    life: SetLife,
-    wait: bool,
-) -> Result<u8> {
+pub(super) async fn activate(context: &Context, source: &str, request: ActivateVms, wait: bool) -> Result<u8> {
     let client = context.client()?;
-    let (ids, names) = new_vms(name, count);
-    let mut vms: Vec<VmView> = client.post(&format!("{source}/vms"), &ActivateVms { ids, names, life }).await?;
+    let mut vms: Vec<VmView> = client.post(&format!("{source}/vms"), &request).await?;
     let mut failed = None;
     if wait {
         for vm in &mut vms {
@@ -233,9 +224,11 @@ pub(super) async fn activate(
 }
 
 pub(super) async fn fork(context: &Context, arguments: ForkArguments) -> Result<u8> {
-    let ForkArguments { vm, count, name, all_or_nothing } = arguments;
+    let ForkArguments { vm, count, name, all_or_nothing, keep_connections, keep_secrets, provide } = arguments;
+    let provisions = super::provisions::read(provide)?;
     let (ids, names) = new_vms(name, count);
-    let request = ForkVm { ids, names, all_or_nothing };
+    let keep = Keep { connections: keep_connections, secrets: keep_secrets };
+    let request = ForkVm { ids, names, all_or_nothing, keep, provisions };
     let forked: Forked = context.client()?.post(&format!("{}/fork", path(&vm)), &request).await?;
     if context.json {
         output::json(&forked)?;
@@ -251,6 +244,24 @@ pub(super) async fn fork(context: &Context, arguments: ForkArguments) -> Result<
         code = 1;
     }
     Ok(code)
+}
+
+pub(super) async fn receipts(context: &Context, vm: &str) -> Result<u8> {
+    let kept: Vec<KeptReceipt> = context.client()?.get(&format!("{}/receipts", path(vm))).await?;
+    if context.json {
+        output::json(&kept)?;
+        return Ok(0);
+    }
+    let now = now_s();
+    let rows = kept
+        .into_iter()
+        .map(|KeptReceipt { vm, name, receipt }| {
+            let age = output::age(now.saturating_sub(receipt.given_s));
+            vec![name, vm.short().to_string(), age, receipt.origin, receipt.generation, receipt.boot_id, receipt.sample]
+        })
+        .collect();
+    output::table(&["name", "id", "age", "goes on from", "generation", "boot id", "random bytes"], rows);
+    Ok(0)
 }
 
 pub(super) async fn receipt(context: &Context, vm: &str) -> Result<u8> {

@@ -11,6 +11,7 @@ use burgeon_api::{
     life::SetLife,
     login::{Login, check_key},
     profile::Profile,
+    substrate::{ActivateVms, Keep},
     vm::{Accelerator, Observed, VmView},
 };
 use http_body_util::BodyExt;
@@ -29,21 +30,28 @@ use crate::{
 
 pub(super) async fn run(context: &Context, command: VmCommand) -> Result<u8> {
     match command {
-        VmCommand::Create { substrate: Some(substrate), name, count, life, no_wait, .. } => {
-            let of = super::substrate::of(&substrate);
-            super::substrate::activate(context, &of, name, count, set_life(life), !no_wait).await
+        VmCommand::Create { substrate, snapshot, name, count, keep_connections, provide, life, no_wait, .. }
+            if substrate.is_some() || snapshot.is_some() =>
+        {
+            let source = match (substrate, snapshot) {
+                (Some(substrate), _) => super::substrate::of(&substrate),
+                (None, snapshot) => super::snapshot::named(&snapshot.unwrap_or_default())?,
+            };
+            let provisions = super::provisions::read(provide)?;
+            let (ids, names) = super::substrate::new_vms(name, count);
+            let keep = Keep { connections: keep_connections, secrets: false };
+            let request = ActivateVms { ids, names, life: set_life(life), keep, provisions };
+            super::substrate::activate(context, &source, request, !no_wait).await
         }
-        VmCommand::Create { snapshot: Some(snapshot), name, count, life, no_wait, .. } => {
-            let of = super::snapshot::named(&snapshot)?;
-            super::substrate::activate(context, &of, name, count, set_life(life), !no_wait).await
-        }
-        VmCommand::Create { image, name, profile, ssh_key, user, life, no_wait, .. } => {
+        VmCommand::Create { image, name, profile, ssh_key, user, provide, life, no_wait, .. } => {
             let image = image.ok_or_else(|| Error::invalid("neither an image nor a substrate is named"))?;
             let mut profile = read_profile(&profile)?;
             if !ssh_key.is_empty() {
                 profile.login = Some(read_login(&ssh_key, user)?);
             }
-            create(context, image, name, profile, set_life(life), !no_wait).await
+            let provisions = super::provisions::read(provide)?;
+            let (id, life) = (VmId::generate(), set_life(life));
+            create(context, CreateVm { id, name, image, profile, life, provisions }, !no_wait).await
         }
         VmCommand::Show { vm, timing } => show(context, &vm, timing).await,
         VmCommand::Console(VmName { vm }) => console(context, &vm).await,
@@ -62,7 +70,8 @@ pub(super) async fn run(context: &Context, command: VmCommand) -> Result<u8> {
         VmCommand::Snapshots { vm, rm } if rm.is_empty() => super::snapshot::list(context, &vm).await,
         VmCommand::Snapshots { vm, rm } => super::snapshot::remove(context, &vm, &rm).await,
         VmCommand::Rollback { vm, snapshot } => super::snapshot::roll_back(context, &vm, snapshot).await,
-        VmCommand::Receipt(VmName { vm }) => super::substrate::receipt(context, &vm).await,
+        VmCommand::Receipt { vm, all: true } => super::substrate::receipts(context, &vm).await,
+        VmCommand::Receipt { vm, all: false } => super::substrate::receipt(context, &vm).await,
         VmCommand::Freeze(VmName { vm }) => verb(context, &vm, "freeze").await,
         VmCommand::Thaw(VmName { vm }) => verb(context, &vm, "thaw").await,
         // These have short forms, and are met before.
@@ -121,22 +130,14 @@ fn tell_way_in(vm: &VmView) {
     }
 }
 
-async fn create(
-    context: &Context,
-    image: String,
-    name: Option<String>,
-    mut profile: Profile,
-    life: SetLife,
-    wait: bool,
-) -> Result<u8> {
+async fn create(context: &Context, mut request: CreateVm, wait: bool) -> Result<u8> {
     let client = context.client()?;
-    let about: burgeon_api::image::ImageView = client.get(&format!("/v1/images/{}", escape(&image))).await?;
+    let about: burgeon_api::image::ImageView = client.get(&format!("/v1/images/{}", escape(&request.image))).await?;
     let foreign = about.image.as_ref().is_some_and(|image| image.boot == Boot::Firmware);
     if about.image.is_some_and(|image| image.disk.is_none()) {
         // An image without a disk has no init of its own to start.
-        profile.init = burgeon_api::profile::Init::None;
+        request.profile.init = burgeon_api::profile::Init::None;
     }
-    let request = CreateVm { id: VmId::generate(), name, image, profile, life };
     let vm: VmView = client.post("/v1/vms", &request).await?;
     let vm = if wait { wait_until_up(&client, &vm).await? } else { vm };
     if foreign {

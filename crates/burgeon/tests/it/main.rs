@@ -20,6 +20,8 @@ mod pipelines;
 #[allow(dead_code, reason = "it is shared with the tests of burgeon-store")]
 #[path = "../../../store/tests/it/sql/server.rs"]
 mod postgres;
+mod provisions;
+mod receipts;
 #[path = "../../../store/tests/it/s3_server.rs"]
 mod s3_server;
 mod snapshots;

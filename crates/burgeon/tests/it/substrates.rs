@@ -21,7 +21,7 @@ impl Lab {
 
 /// A workload that draws random numbers all the time, and keeps what it has drawn in memory.
 const DRAWS: &str = r#"echo nonce-$(cat /proc/sys/kernel/random/uuid) > /tmp/nonce
-    (while :; do cat /proc/sys/kernel/random/uuid >> /tmp/drawn; usleep 5000 2>/dev/null || sleep 0.01; done) </dev/null >/dev/null 2>&1 &"#;
+    (while :; do cat /proc/sys/kernel/random/uuid >> /tmp/drawn; head -c 16 /dev/urandom | od -A n -t x1 >> /tmp/drawn; usleep 5000 2>/dev/null || sleep 0.01; done) </dev/null >/dev/null 2>&1 &"#;
 
 #[test]
 fn clones_and_forks_go_on_from_memory_and_are_nobodys_twins() {
@@ -384,6 +384,12 @@ fn a_fork_has_no_connections_of_its_source_and_an_ssh_host_key_of_its_own() {
     lab.run(&["fork", "web", "--name", "copy"]).good();
     let receipt = lab.receipt("copy");
     assert_eq!((&receipt["ended_connections"], &receipt["kept_connections"]), (&1.into(), &0.into()), "{receipt}");
+    // One that is to keep it, does.
+    lab.run(&["fork", "web", "--name", "heir", "--keep-connections"]).good();
+    let kept = lab.receipt("heir");
+    assert_eq!((&kept["ended_connections"], &kept["kept_connections"]), (&0.into(), &1.into()), "{kept}");
+    assert!(lab.run(&["vm", "receipt", "heir"]).stdout.contains("connections kept"));
+    assert_eq!(lab.said("heir", "test -e /tmp/end || echo holds"), "holds");
     // The copy's program is told; the source's goes on with the one connection that there is.
     assert_eq!(lab.said("copy", "until test -s /tmp/end; do sleep 0.1; done; cat /tmp/end"), "heard");
     assert_eq!(lab.said("web", "test -e /tmp/end || echo holds"), "holds");

@@ -173,7 +173,12 @@ async fn clone(
     let name = request.name.unwrap_or_else(|| format!("{}-{}", source.name, request.id.short()));
     let from = Source { vm: source.id, snapshot: request.snapshot };
     let row = VmRow {
-        source: Some(CloneSource { source: from, image, begin: Begin::Boot }),
+        source: Some(CloneSource {
+            source: from,
+            image,
+            begin: Begin::Boot,
+            keep: burgeon_api::substrate::Keep::default(),
+        }),
         ..VmRow::new(request.id, name, source.image, source.profile, now_s())
     };
     let row = state.create_vm(row).await?;

@@ -99,8 +99,9 @@ async fn activate(
     let snapshot = snapshots::find(&state, &source, Some(&snapshot)).await?.name;
     let image = state.host.image_of(source.id).await?;
     let life = Life::default().set(&request.life, now_s());
-    let mut rows = substrates::rows(&source, Some(&snapshot), &image, Begin::Snapshot, &request.ids, &request.names)?;
+    let begin = (Begin::Snapshot, request.keep);
+    let mut rows = substrates::rows(&source, Some(&snapshot), &image, begin, &request.ids, &request.names)?;
     rows.iter_mut().for_each(|row| row.life = life.clone());
-    let rows = substrates::record(&state, rows).await?;
+    let rows = substrates::provided(&state, rows, &request.provisions).await?;
     Ok(Json(rows.into_iter().map(|row| state.view(row)).collect()))
 }

@@ -6,20 +6,24 @@ use axum::{
     http::HeaderMap,
 };
 use burgeon_api::{
-    Error,
+    Error, ErrorKind,
     host::Begin,
     life::Life,
-    receipt::Receipt,
+    receipt::{KeptReceipt, Receipt},
     substrate::{ActivateVms, CreateSubstrate, ForkVm, Forked, KeepStandbys, MOST_STANDBYS, SubstrateView},
     vm::{Observed, VmView},
 };
 use burgeon_store::meta::VmRow;
+use tokio::time::{Duration, timeout};
 
 use super::{Answer, Routes, vms};
 use crate::{
     state::{Shared, now_s},
     substrates,
 };
+
+/// How long it may take until the receipt of a new VM is seen.
+const SHOWN: Duration = Duration::from_secs(10);
 
 pub(super) fn add(routes: &mut Routes) {
     let (one, many) = (routes.schema::<SubstrateView>(), routes.schema::<Vec<SubstrateView>>());
@@ -55,8 +59,17 @@ pub(super) fn add(routes: &mut Routes) {
         .add("post", "/v1/vms/{vm}/park", "Keep a running VM's state and free its memory; a start lets it go on", park)
         .gives(vm);
     routes
-        .add("get", "/v1/vms/{vm}/receipt", "What an activated VM has shown of its identity", receipt)
+        .add("get", "/v1/vms/{vm}/receipt", "What an activated VM has shown of its identity, at last", receipt)
         .gives(receipt_schema);
+    let all = routes.schema::<Vec<KeptReceipt>>();
+    routes
+        .add(
+            "get",
+            "/v1/vms/{vm}/receipts",
+            "All that a VM has shown, oldest first; also of one that was removed",
+            receipts,
+        )
+        .gives(all);
 }
 
 async fn list(State(state): State<Shared>) -> Answer<Json<Vec<SubstrateView>>> {
@@ -135,9 +148,10 @@ async fn activate(
     }
     let image = state.host.image_of(source.id).await?;
     let life = Life::default().set(&request.life, now_s());
-    let mut rows = substrates::rows(&source, None, &image, Begin::Substrate, &request.ids, &request.names)?;
+    let begin = (Begin::Substrate, request.keep);
+    let mut rows = substrates::rows(&source, None, &image, begin, &request.ids, &request.names)?;
     rows.iter_mut().for_each(|row| row.life = life.clone());
-    let rows = substrates::record(&state, rows).await?;
+    let rows = substrates::provided(&state, rows, &request.provisions).await?;
     Ok(Json(rows.into_iter().map(|row| state.view(row)).collect()))
 }
 
@@ -147,10 +161,9 @@ async fn fork(
     Json(request): Json<ForkVm>,
 ) -> Answer<Json<Forked>> {
     let source = state.meta.vm(&vm).await?;
-    let ForkVm { ids, names, all_or_nothing } = request;
     let of_task = state.clone();
     // Goes on to its end, whether or not the client waits for it.
-    let task = state.tasks.spawn(async move { substrates::fork(&of_task, source, ids, names, all_or_nothing).await });
+    let task = state.tasks.spawn(async move { substrates::fork(&of_task, source, request).await });
     let forked = task.await.map_err(|error| Error::internal(format!("the fork was broken off: {error}")))?;
     Ok(Json(forked?))
 }
@@ -170,11 +183,45 @@ async fn park(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<Jso
 }
 
 async fn receipt(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<Json<Receipt>> {
-    let view = state.view(state.meta.vm(&vm).await?);
-    let name = view.name;
-    let receipt = view.on_host.and_then(|vm| vm.receipt).ok_or_else(|| {
-        Error::not_found(format!("VM {name} has no receipt"))
-            .with_hint("VMs that were forked, or go on from a substrate, have one")
-    })?;
+    let row = state.meta.vm(&vm).await?;
+    let is_activation = row.source.as_ref().is_some_and(|source| source.begin.is_activation());
+    let found = async {
+        loop {
+            let looks = state.seen.borrow().looks;
+            let view = state.view(row.clone());
+            let is_over = burgeon_plan::vm::is_over(&view.observed);
+            // What the host tells may not be kept yet.
+            if let Some(receipt) = view.on_host.and_then(|vm| vm.receipt) {
+                return Ok(receipt);
+            }
+            match state.meta.receipts(&row.id.to_string()).await?.pop() {
+                Some(kept) => return Ok(kept.receipt),
+                None if is_over || !is_activation => return Err(has_none(&row.name)),
+                // It has just been made, and what it has shown is seen at the next look.
+                None => state.when(|seen| (seen.looks > looks).then_some(Ok(()))).await?,
+            }
+        }
+    };
+    state.kick.notify_one();
+    let receipt = timeout(SHOWN, found).await.map_err(|_| has_none(&row.name))??;
     Ok(Json(receipt))
+}
+
+async fn receipts(State(state): State<Shared>, Path(vm): Path<String>) -> Answer<Json<Vec<KeptReceipt>>> {
+    // Of the VM that there is; a name may have been another's before.
+    let key = match state.meta.vm(&vm).await {
+        Ok(row) => row.id.to_string(),
+        Err(error) if error.kind == ErrorKind::NotFound => vm,
+        Err(error) => return Err(error.into()),
+    };
+    let kept = state.meta.receipts(&key).await?;
+    if kept.is_empty() {
+        return Err(has_none(&burgeon_api::path_text::printable(&key)).into());
+    }
+    Ok(Json(kept))
+}
+
+fn has_none(name: &str) -> Error {
+    Error::not_found(format!("VM {name} has no receipt"))
+        .with_hint("VMs that were forked, or go on from a substrate, have one")
 }

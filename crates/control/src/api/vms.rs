@@ -11,6 +11,7 @@ use axum::{
 use burgeon_api::{
     Error, ErrorKind, Result,
     http::{CreateVm, StopVm},
+    image::Boot,
     life::{Life, SetLife},
     vm::{Figures, Intent, Observed, VmView},
 };
@@ -81,7 +82,12 @@ async fn make(State(state): State<Shared>, Json(request): Json<CreateVm>) -> Ans
     let now = now_s();
     let life = Life::default().set(&request.life, now);
     let row = VmRow { life, ..VmRow::new(request.id, name, request.image, request.profile, now) };
-    let row = state.create_vm(row).await?;
+    if !request.provisions.is_empty() && state.image(row.image.clone()).await?.boot != Boot::Agent {
+        let what = format!("image {} has no agent, and its VMs take no environment, files or secrets", row.image);
+        return Err(Error::refused(what).into());
+    }
+    let mut rows = substrates::provided(&state, vec![row], &request.provisions).await?;
+    let row = rows.pop().ok_or_else(|| Error::internal("no VM was recorded"))?;
     Ok(Json(state.view(row)))
 }
 

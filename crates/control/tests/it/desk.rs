@@ -166,6 +166,7 @@ impl Desk {
             image: "tiny".into(),
             profile: Profile::named("tiny").unwrap(),
             life: burgeon_api::life::SetLife::default(),
+            provisions: burgeon_api::provisions::Provisions::default(),
         };
         self.ask("POST", "/v1/vms", &json!(request)).await.unwrap()
     }

@@ -334,6 +334,15 @@ impl AgentClient {
         }
     }
 
+    /// Gives a guest its environment and its secrets: at once, or, while its workload is frozen, with the identity that
+    /// follows. For agents of revision 3 and later.
+    ///
+    /// # Errors
+    /// `Refused`, `Deadline`, `Unavailable`.
+    pub async fn provide(&self, more: Vec<Provision>) -> Result<()> {
+        self.ask_done(Request::Provide { more }).await
+    }
+
     /// Asks the guest to stop. The answer means that it has begun to.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 /// Counts what was added to the messages within one version of the protocol. An agent lives as long as the memory that
 /// it is captured in, so a host meets older ones, and must not send them what they cannot read.
-pub const REVISION: u16 = 2;
+pub const REVISION: u16 = 3;
 
 /// What a host sends on stream 0.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,9 +93,14 @@ pub enum Request {
         identity: Identity,
         more: Vec<Provision>,
     },
+    /// Gives a guest its environment and its secrets: at once, or, while its workload is frozen, with the identity that
+    /// follows; since [`REVISION`] 3.
+    Provide {
+        more: Vec<Provision>,
+    },
 }
 
-/// What a guest gets beside its [`Identity`]. Of each kind one at most.
+/// What a guest gets beside its [`Identity`]. Of each kind but secrets one at most.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Provision {
     /// The host key of its SSH server, where it has one: the two files as OpenSSH writes them. Others are removed.
@@ -106,6 +111,10 @@ pub enum Provision {
     /// slow at what it does for the first time, and so does it once before somebody waits. The image's own programs are
     /// not run, and until the next identity commands are started though the workload is frozen.
     Rehearsal,
+    /// Variables for every command, beside those that it was given before; since [`REVISION`] 3.
+    Environment(Vec<(Vec<u8>, Vec<u8>)>),
+    /// For `/run/burgeon/secrets`; since [`REVISION`] 3.
+    Secret { name: Vec<u8>, content: Vec<u8> },
 }
 
 // Keys are in no log.
@@ -115,6 +124,8 @@ impl std::fmt::Debug for Provision {
             Self::SshHostKey { .. } => "SshHostKey",
             Self::KeepSecrets => "KeepSecrets",
             Self::Rehearsal => "Rehearsal",
+            Self::Environment(_) => "Environment",
+            Self::Secret { .. } => "Secret",
         })
     }
 }

@@ -99,6 +99,15 @@ fn host_messages() -> Vec<(&'static str, HostMessage)> {
                 ],
             }),
         ),
+        (
+            "0107120203010141016204016b0173",
+            ask(Request::Provide {
+                more: vec![
+                    Provision::Environment(vec![(b"A".to_vec(), b"b".to_vec())]),
+                    Provision::Secret { name: b"k".to_vec(), content: b"s".to_vec() },
+                ],
+            }),
+        ),
     ]
 }
 

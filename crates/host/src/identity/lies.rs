@@ -42,13 +42,20 @@ fn honest(identity: &protocol::Identity, more: &[Provision]) -> (protocol::Recei
     };
     let proofs = more.iter().filter_map(|provision| match provision {
         Provision::SshHostKey { public, .. } => Some(Proof::SshHostKey(public.clone())),
-        Provision::KeepSecrets | Provision::Rehearsal => None,
+        _ => None,
     });
     (receipt, proofs.collect())
 }
 
 /// What an agent of this kind is given, and what becomes of it.
 async fn given<F>(siblings: &Siblings, version: &str, answer: F) -> Result<Receipt>
+where
+    F: Fn(&protocol::Identity, &[Provision]) -> Option<(protocol::Receipt, Vec<Proof>)> + Send + 'static,
+{
+    given_with(siblings, version, &Provisions::default(), answer).await
+}
+
+async fn given_with<F>(siblings: &Siblings, version: &str, provisions: &Provisions, answer: F) -> Result<Receipt>
 where
     F: Fn(&protocol::Identity, &[Provision]) -> Option<(protocol::Receipt, Vec<Proof>)> + Send + 'static,
 {
@@ -75,6 +82,9 @@ where
                             let Some((receipt, _)) = answer(&identity, &[]) else { continue };
                             GuestMessage::Reply { id, result: Ok(Answer::Receipt(receipt)) }
                         }
+                        HostMessage::Request { id, request: Request::Provide { .. } } => {
+                            GuestMessage::Reply { id, result: Ok(Answer::Done) }
+                        }
                         HostMessage::Request { request, .. } => panic!("{request:?}"),
                     };
                     encode_control(&mut said, sequence, &message).unwrap();
@@ -87,7 +97,8 @@ where
     let client = AgentClient::connect(host, Options::new([1; 16], "clone", clock_ns));
     client.wait_ready(Instant::now() + IDENTITY_DEADLINE).await.unwrap();
     let own = version.ends_with("parked");
-    let outcome = give(&client, &launch(), own, "substrate base", siblings).await;
+    let giving = Giving { launch: &launch(), own, origin: "substrate base", provisions };
+    let outcome = give(&client, giving, siblings).await;
     agent.abort();
     outcome
 }
@@ -161,6 +172,14 @@ async fn an_agent_of_an_older_state_is_refused_by_name_or_served() {
     let error = given(&siblings, "0.1.0", |identity, more| Some(honest(identity, more))).await.unwrap_err();
     assert_eq!(error.kind, ErrorKind::Refused);
     assert!(error.message.contains("older than this Burgeon"), "{error}");
+    // To one that takes no environment none is given; without it, it is nobody's twin all the same.
+    let environment = [("A".to_string(), "b".to_string())].into();
+    let provisions = Provisions { environment, ..Provisions::default() };
+    let error = given_with(&siblings, "0.1.0+2", &provisions, |identity, more| Some(honest(identity, more)));
+    let error = error.await.unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Refused);
+    assert!(error.message.contains("takes no environment, files or secrets"), "{error}");
+    given_with(&siblings, "0.1.0+3", &provisions, |identity, more| Some(honest(identity, more))).await.unwrap();
     // One that was parked goes on as what it is.
     given(&siblings, "0.1.0 parked", |identity, more| Some(honest(identity, more))).await.unwrap();
 }

@@ -13,8 +13,8 @@ use std::{
 };
 
 use burgeon_guest::protocol::{
-    Answer, Decoder, Failure, FailureKind, Frame, GuestMessage, Header, Hello, HostMessage, Kind, LEAST_COST, Received,
-    Sequence, StopHow, VERSION, cost, decode_control,
+    Answer, Decoder, Failure, FailureKind, Frame, GuestMessage, Header, Hello, HostMessage, Kind, LEAST_COST,
+    Provision, Received, Sequence, StopHow, VERSION, cost, decode_control,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -22,6 +22,7 @@ use crate::{
     channel::{Channel, Input},
     exec::{Exec, Source},
     files::{Get, Put},
+    generation,
     spawn::{self, Launch, failure},
     sys::{self, Stack},
     system,
@@ -73,13 +74,20 @@ struct Agent {
     frozen: bool,
     /// Frozen, and made ready for an identity that is to come.
     rehearses: bool,
+    /// What it is given with its next identity.
+    provided: Vec<Provision>,
     stopping: Option<(StopHow, Instant)>,
     noise_told: (u64, Instant),
     begun: Instant,
 }
 
 /// Serves the channel for ever.
-pub(crate) fn run(channel: Channel, setup: Setup) -> io::Error {
+pub(crate) fn run(channel: Channel, mut setup: Setup) -> io::Error {
+    if setup.manages_system
+        && let Err(error) = generation::offer()
+    {
+        setup.warnings.push(format!("programs are not told when they are in a clone: {error}"));
+    }
     sys::reset_signals();
     sys::wake_politely();
     let children = match sys::child_signal() {
@@ -99,6 +107,7 @@ pub(crate) fn run(channel: Channel, setup: Setup) -> io::Error {
         served: 0,
         frozen: false,
         rehearses: false,
+        provided: Vec::new(),
         stopping: None,
         noise_told: (0, Instant::now()),
         begun: Instant::now(),

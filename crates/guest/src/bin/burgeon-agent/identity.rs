@@ -21,7 +21,7 @@ use rustix::{
 use crate::{
     connections, disk,
     files::{Kept, names, write_over},
-    server_keys,
+    generation, provisions, server_keys,
     spawn::{failure, io_failure},
     sys, system,
 };
@@ -30,8 +30,6 @@ static GENERATOR: Kept = Kept::new("/dev/urandom");
 /// Programs of the image that make it another machine, in the order of their names.
 const HOOKS: &str = "/etc/burgeon/on-clone.d";
 const HOOK_PATIENCE: Duration = Duration::from_secs(10);
-/// Where programs of the guest find its generation: 32 hexadecimal digits.
-const GENERATION: &str = "/run/burgeon/generation";
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 const OWN_BOOT_ID: &str = "/run/burgeon/boot_id";
 const COMMAND_LINE: &str = "/proc/cmdline";
@@ -45,8 +43,6 @@ const CLOCK_PATIENCE: Duration = Duration::from_secs(3);
 const MACHINE_ID: &str = "/etc/machine-id";
 /// Where systemd's containers have their roots.
 const CONTAINERS: &str = "/var/lib/machines";
-/// In memory, as all of /run.
-const SECRETS: &str = "/run/burgeon/secrets";
 /// Addresses that were given to another machine.
 const LEASES: [&str; 4] =
     ["/var/lib/dhcp", "/var/lib/dhclient", "/var/lib/NetworkManager", "/run/systemd/netif/leases"];
@@ -56,6 +52,8 @@ pub(crate) fn settle(generalise: bool) -> Result<Answer, Failure> {
     if generalise {
         disk::replace_own(Path::new("/"), "")
             .map_err(|error| io_failure("cannot forget who this machine is", &error))?;
+        provisions::forget_secrets()
+            .map_err(|error| io_failure("cannot remove the secrets of this machine", &error))?;
         for directory in LEASES {
             for name in names(Path::new(directory)).unwrap_or_default() {
                 if name.to_string_lossy().contains("lease") {
@@ -103,7 +101,7 @@ fn nanoseconds(time: &Timespec) -> u64 {
 }
 
 /// Makes this guest the one that is wanted, and shows it.
-pub(crate) fn renew(wanted: &Identity, provisions: &[Provision]) -> Result<(Receipt, Vec<Proof>), Failure> {
+pub(crate) fn renew(wanted: &Identity, more: &[Provision]) -> Result<(Receipt, Vec<Proof>), Failure> {
     let step = |what: &'static str| move |error: io::Error| io_failure(what, &error);
     // First of all, so that nothing after it draws what a sibling draws.
     let entropy = wanted.entropy.first_chunk::<64>().filter(|_| wanted.entropy.len() == 64);
@@ -129,7 +127,7 @@ pub(crate) fn renew(wanted: &Identity, provisions: &[Provision]) -> Result<(Rece
     if kept_connections > 0 {
         shown.push(Proof::KeptConnections(kept_connections));
     }
-    for provision in provisions {
+    for provision in more {
         match provision {
             Provision::SshHostKey { private, public } if has_ssh_server => {
                 let public = server_keys::replace(Path::new("/"), private, public)
@@ -137,12 +135,17 @@ pub(crate) fn renew(wanted: &Identity, provisions: &[Provision]) -> Result<(Rece
                 server_keys::have_read_anew();
                 shown.push(Proof::SshHostKey(public));
             }
-            Provision::SshHostKey { .. } | Provision::KeepSecrets | Provision::Rehearsal => {}
+            Provision::SshHostKey { .. }
+            | Provision::KeepSecrets
+            | Provision::Rehearsal
+            | Provision::Environment(_)
+            | Provision::Secret { .. } => {}
         }
     }
-    if wanted.machine_id.is_some() && !provisions.contains(&Provision::KeepSecrets) {
-        forget_secrets(Path::new(SECRETS)).map_err(step("cannot remove the secrets of another machine"))?;
+    if wanted.machine_id.is_some() && !more.contains(&Provision::KeepSecrets) {
+        provisions::forget_secrets().map_err(step("cannot remove the secrets of another machine"))?;
     }
+    provisions::take(more)?;
     new_boot_id().map_err(step("cannot renew the boot id"))?;
     let command_line = renamed(&read(COMMAND_LINE), &wanted.host_name);
     lay_over(COMMAND_LINE, OWN_COMMAND_LINE, &command_line).map_err(step("cannot renew the kernel's command line"))?;
@@ -155,8 +158,8 @@ pub(crate) fn renew(wanted: &Identity, provisions: &[Provision]) -> Result<(Rece
         readdress(card, *address).map_err(step("cannot give a network card its address"))?;
     }
     let generation = hexadecimal(&wanted.generation);
-    write_over(GENERATION, &format!("{generation}\n")).map_err(step("cannot write the generation"))?;
-    let is_rehearsal = provisions.contains(&Provision::Rehearsal);
+    generation::renew(&generation).map_err(step("cannot write the generation"))?;
+    let is_rehearsal = more.contains(&Provision::Rehearsal);
     let hooks = if is_rehearsal { Vec::new() } else { run_hooks(&generation)? };
     let mut sample = [0; 16];
     rustix::rand::getrandom(&mut sample, GetRandomFlags::empty())
@@ -191,13 +194,6 @@ fn new_container_ids(machines: &Path) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-fn forget_secrets(directory: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(directory) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
 }
 
 fn read(path: &str) -> String {

@@ -22,7 +22,7 @@ use rustix::{
 };
 
 use crate::{
-    freeze,
+    freeze, provisions,
     sys::{self, Stack, Texts},
     users::{self, User},
 };
@@ -171,7 +171,8 @@ fn plan(request: &Exec, stdio: [RawFd; 3], report: RawFd) -> Result<Plan, Failur
     if request.terminal.is_some() {
         env.push((b"TERM".to_vec(), b"xterm-256color".to_vec()));
     }
-    for (key, value) in &request.env {
+    let given = provisions::environment();
+    for (key, value) in given.iter().chain(&request.env) {
         if key.is_empty() || key.contains(&b'=') {
             let key = String::from_utf8_lossy(key);
             return Err(failure(FailureKind::Invalid, format!("\"{key}\" cannot be the name of a variable")));

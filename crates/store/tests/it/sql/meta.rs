@@ -4,6 +4,7 @@ use burgeon_api::{
     ErrorKind, PipelineId, RequestId, VmId,
     life::Life,
     profile::Profile,
+    receipt::{KeptReceipt, Receipt},
     vm::{Intent, Observed},
 };
 use burgeon_store::{
@@ -23,6 +24,7 @@ on_both_engines! {
     a_refusal_does_not_take_its_group_with_it,
     the_vms_of_a_run_are_removed_together,
     what_is_kept_is_there_after_opening_again,
+    receipts_are_kept_and_none_comes_twice,
 }
 
 async fn a_vm_lives_in_meta(home: Home) {
@@ -89,6 +91,56 @@ async fn the_vms_of_a_run_are_removed_together(home: Home) {
     let own = meta.vm(&own.name).await.unwrap();
     assert_eq!((own.intent, own.version), (Intent::Removed, 2));
     assert_eq!(meta.vm("web").await.unwrap(), other);
+}
+
+async fn receipts_are_kept_and_none_comes_twice(home: Home) {
+    let meta = Meta::open(&home.address).unwrap();
+    let shown = |vm: VmId, word: &str, given_s: u64| KeptReceipt {
+        vm,
+        name: "web".into(),
+        receipt: Receipt {
+            generation: format!("generation {word}"),
+            sample: format!("sample {word}"),
+            boot_id: format!("boot {word}"),
+            ssh_host_key: Some(format!("key {word}")),
+            given_s,
+            ..Receipt::default()
+        },
+    };
+    let (one, other) = (VmId::generate(), VmId::generate());
+    let (first, second) = (shown(one, "a", 1), shown(one, "b", 2));
+    assert_eq!(meta.keep_receipts(vec![second.clone(), first.clone()]).await.unwrap(), []);
+    assert_eq!(meta.keep_receipts(vec![second.clone()]).await.unwrap(), [], "what is kept is its own");
+    drop(meta);
+    let meta = Meta::open(&home.address).unwrap();
+    let third = shown(other, "c", 3);
+    type Repeat = fn(&mut Receipt, &Receipt);
+    let repeats: [(&str, Repeat); 4] = [
+        ("generation generation a", |own, first| own.generation.clone_from(&first.generation)),
+        ("random bytes sample a", |own, first| own.sample.clone_from(&first.sample)),
+        ("boot id boot a", |own, first| own.boot_id.clone_from(&first.boot_id)),
+        ("SSH host key key a", |own, first| own.ssh_host_key.clone_from(&first.ssh_host_key)),
+    ];
+    for (named, repeat) in repeats {
+        let mut bad = third.clone();
+        repeat(&mut bad.receipt, &first.receipt);
+        let told = meta.keep_receipts(vec![bad.clone()]).await.unwrap();
+        assert_eq!((told.len(), told[0].0), (1, other));
+        assert!(told[0].1.message.contains(named) && told[0].1.message.contains("VM web"), "{}", told[0].1);
+        assert_eq!(meta.receipts(&other.to_string()).await.unwrap(), []);
+        // Also by the same VM: every generation is a machine of its own.
+        let told = meta.keep_receipts(vec![KeptReceipt { vm: one, ..bad }]).await.unwrap();
+        assert_eq!(told.len(), 1);
+    }
+    // What a guest has none of is nobody's.
+    for word in ["d", "e"] {
+        let mut bare = shown(other, word, 4);
+        (bare.receipt.boot_id, bare.receipt.ssh_host_key) = (String::new(), None);
+        assert_eq!(meta.keep_receipts(vec![bare]).await.unwrap(), []);
+    }
+    assert_eq!(meta.receipts(&one.to_string()).await.unwrap(), [first, second]);
+    assert_eq!(meta.receipts("web").await.unwrap().len(), 4);
+    assert_eq!(meta.receipts("nobody").await.unwrap(), []);
 }
 
 async fn what_is_kept_is_there_after_opening_again(home: Home) {

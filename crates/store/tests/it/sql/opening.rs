@@ -35,7 +35,7 @@ async fn a_file_of_before_the_table_of_versions_is_read() {
         meta.create_vm(row("web")).await.unwrap()
     };
     let bare = Connection::open(&path).unwrap();
-    assert_eq!(bare.query_row("PRAGMA user_version", [], |row| row.get::<_, i64>(0)).unwrap(), 6);
+    assert_eq!(bare.query_row("PRAGMA user_version", [], |row| row.get::<_, i64>(0)).unwrap(), 7);
     bare.execute_batch("DROP TABLE schema_version").unwrap();
     drop(bare);
     for _ in 0..2 {
@@ -44,7 +44,7 @@ async fn a_file_of_before_the_table_of_versions_is_read() {
     }
     let bare = Connection::open(&path).unwrap();
     let version = bare.query_row("SELECT version FROM schema_version WHERE component = 'meta'", [], |row| row.get(0));
-    assert_eq!(version, Ok(6i64));
+    assert_eq!(version, Ok(7i64));
 }
 
 #[test]

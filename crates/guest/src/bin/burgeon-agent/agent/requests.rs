@@ -9,7 +9,7 @@ use crate::{
     disk,
     exec::Exec,
     files::{self, Get, Put},
-    freeze, identity,
+    freeze, identity, provisions,
     spawn::{self, failure},
     sys::{self, Stack},
     system,
@@ -75,6 +75,7 @@ impl Agent {
             }
             Request::Thaw => {
                 (self.frozen, self.rehearses) = (false, false);
+                self.provided.clear();
                 freeze::thaw().map(|()| Answer::Done)
             }
             Request::Stop { how } => self.stop(how),
@@ -84,10 +85,17 @@ impl Agent {
             }
             Request::Settle { generalise } => identity::settle(generalise),
             Request::Renew(wanted) => identity::renew(&wanted, &[]).map(|(receipt, _)| Answer::Receipt(receipt)),
-            Request::RenewWith { identity, more } => {
+            Request::RenewWith { identity, mut more } => {
+                more.append(&mut self.provided);
                 self.rehearses = more.contains(&Provision::Rehearsal);
                 identity::renew(&identity, &more).map(|(receipt, more)| Answer::Renewed { receipt, more })
             }
+            // Secrets of the machine that it was go first.
+            Request::Provide { more } if self.frozen => {
+                self.provided = more;
+                Ok(Answer::Done)
+            }
+            Request::Provide { more } => provisions::take(&more).map(|()| Answer::Done),
             Request::Identity { host_name } => system::set_host_name(&host_name),
         })
     }
