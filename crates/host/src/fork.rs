@@ -23,7 +23,7 @@ use burgeon_api::{
 use burgeon_guest::client::AgentClient;
 use burgeon_plan::fork::{Way, way};
 use burgeon_qemu::{
-    memory::{Base, Guest, Scope, Written, bytes},
+    memory::{Aside, Base, Guest, Scope, Written, bytes},
     qmp::Qmp,
     state::{self, Devices, Saving},
 };
@@ -60,7 +60,7 @@ pub(crate) struct Running<'a> {
 /// Where what is captured goes.
 pub(crate) enum Into {
     /// Above the base that the VM began with, and aside, where there is room for it.
-    Above { base: Arc<Base>, aside: Base },
+    Above { base: Arc<Base>, aside: Aside },
     /// Into a base of its own, which holds the old one already.
     New { base: Arc<Base>, above: bool },
 }
@@ -257,8 +257,7 @@ impl Gate {
         };
         let into = match (way(self.base.as_ref().map(|base| base.held()), bytes(&estimate), count), &self.base) {
             (Way::Above, Some(base)) => {
-                let aside = Base::empty(base.length())?;
-                aside.reserve(&estimate)?;
+                let aside = blocking(move || Ok(Aside::room_for(&estimate))).await?;
                 Into::Above { base: base.clone(), aside }
             }
             _ => self.new_base()?,

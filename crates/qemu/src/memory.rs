@@ -3,7 +3,7 @@
 //! ```text
 //!   base (sealed memfd) ---mapped private---> QEMU of a VM: its own pages above the base's
 //!                                                |
-//!   written (memfd) <----------capture-----------+      ----apply----> QEMU of its fork
+//!   written (here)  <----------capture-----------+      ----apply----> QEMU of its fork
 //! ```
 //! QEMU never writes a base: its pages are copied by the kernel when the guest writes them. Which ones were copied, the
 //! kernel tells in `/proc/PID/pagemap` (Documentation/admin-guide/mm/pagemap.rst), and their content lies in
@@ -12,7 +12,7 @@
 use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
 
 use burgeon_api::{Error, Result};
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
+use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
 
 use crate::process::{Identity, identity_of};
 
@@ -81,17 +81,6 @@ impl Base {
         data(&self.file)
     }
 
-    /// Takes the room for pages that are going to be copied, so that copying does not wait for it.
-    ///
-    /// # Errors
-    /// The system's.
-    pub fn reserve(&self, pages: &[Range<u64>]) -> Result<()> {
-        pages.iter().try_for_each(|range| {
-            rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, range.start, range.end - range.start)
-                .map_err(|error| failed("take room for a memory")(error.into()))
-        })
-    }
-
     /// Takes over what another base holds.
     ///
     /// # Errors
@@ -149,15 +138,25 @@ fn copy_all(
     read: impl Fn(u64, &mut [u8]) -> io::Result<()> + Sync,
     write: impl Fn(u64, &[u8]) -> io::Result<()> + Sync,
 ) -> Result<()> {
-    let copy_part = |part: &[Range<u64>]| part.iter().try_for_each(|range| copy(range.clone(), &read, &write));
+    side_by_side(split(pages, threads(bytes(pages))), |part: Vec<Range<u64>>| {
+        part.into_iter().try_for_each(|range| copy(range, &read, &write))
+    })
+}
+
+/// How many threads move so many bytes.
+fn threads(bytes: u64) -> usize {
     let most = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS);
-    let count = usize::try_from(bytes(pages) / PART).unwrap_or(usize::MAX).clamp(1, most);
-    let mut parts = split(pages, count);
+    usize::try_from(bytes / PART).unwrap_or(usize::MAX).clamp(1, most)
+}
+
+/// Does one thing for each part at the same time.
+fn side_by_side<T: Send>(mut parts: Vec<T>, one: impl Fn(T) -> Result<()> + Sync) -> Result<()> {
     // This thread takes one, and is the only one where there is little.
-    let own = parts.pop().unwrap_or_default();
+    let own = parts.pop();
+    let one = &one;
     std::thread::scope(|scope| {
-        let others: Vec<_> = parts.iter().map(|part| scope.spawn(|| copy_part(part))).collect();
-        let done = copy_part(&own);
+        let others: Vec<_> = parts.into_iter().map(|part| scope.spawn(move || one(part))).collect();
+        let done = own.map_or(Ok(()), one);
         let lost = || Error::internal("a thread that copied memory has panicked");
         others.into_iter().fold(done, |done, other| done.and(other.join().unwrap_or_else(|_| Err(lost()))))
     })
@@ -285,13 +284,27 @@ impl Guest {
         copy_all(pages, |at, buffer| self.read(at, buffer), write)
     }
 
-    /// Copies pages aside, into a memory that holds zeros.
+    /// Copies pages aside.
     ///
     /// # Errors
     /// The system's.
-    pub fn capture(&self, pages: Vec<Range<u64>>, memory: Base) -> Result<Written> {
-        self.overwrite(&pages, &memory)?;
-        Ok(Written { memory, pages })
+    pub fn capture(&self, pages: Vec<Range<u64>>, Aside(mut content): Aside) -> Result<Written> {
+        content.resize(usize::try_from(bytes(&pages)).map_err(|_| Error::internal("a memory beyond all bounds"))?, 0);
+        let mut rest = content.as_mut_slice();
+        let parts = split(&pages, threads(bytes(&pages))).into_iter().map(|part| {
+            let (own, others) = std::mem::take(&mut rest).split_at_mut(length_of(&part));
+            rest = others;
+            (part, own)
+        });
+        side_by_side(parts.collect(), |(part, own): (Vec<Range<u64>>, &mut [u8])| {
+            let mut own = own;
+            part.into_iter().try_for_each(|range| {
+                let (buffer, others) = std::mem::take(&mut own).split_at_mut(length_of(std::slice::from_ref(&range)));
+                own = others;
+                self.read(range.start, buffer).map_err(failed("read a guest's memory"))
+            })
+        })?;
+        Ok(Written { length: self.length, pages, content })
     }
 
     /// Has this guest own pages in which its base's content stays: what is going to be put there need not wait for room.
@@ -309,20 +322,52 @@ impl Guest {
     /// # Errors
     /// `Invalid` where it does not fit; the system's.
     pub fn apply(&self, written: &Written) -> Result<()> {
-        if written.memory.length != self.length {
+        if written.length != self.length {
             return Err(Error::invalid("the guests' memories are not of one size"));
         }
-        let read = |at: u64, buffer: &mut [u8]| written.memory.file.read_exact_at(buffer, at);
-        let write = |at: u64, bytes: &[u8]| self.memory.write_all_at(bytes, self.address + at);
-        copy_all(&written.pages, read, write)
+        let mut rest = written.content.as_slice();
+        let parts = split(&written.pages, threads(bytes(&written.pages))).into_iter().map(|part| {
+            let (own, others) = rest.split_at(length_of(&part));
+            rest = others;
+            (part, own)
+        });
+        side_by_side(parts.collect(), |(part, mut own): (Vec<Range<u64>>, &[u8])| {
+            part.into_iter().try_for_each(|range| {
+                let (content, others) = own.split_at(length_of(std::slice::from_ref(&range)));
+                own = others;
+                self.memory.write_all_at(content, self.address + range.start).map_err(failed("write a guest's memory"))
+            })
+        })
+    }
+}
+
+/// Room for what a guest has written, taken ahead, so that copying does not wait for it.
+#[derive(Debug)]
+pub struct Aside(Vec<u8>);
+
+impl Aside {
+    /// For these pages, and some more: a guest goes on writing until it stands.
+    pub fn room_for(pages: &[Range<u64>]) -> Aside {
+        let length = length_of(pages);
+        let mut room = vec![0; length + length / 8 + (1 << 20)];
+        // It is there once it was written; zeros are only promised.
+        room.fill(1);
+        Aside(room)
     }
 }
 
 /// What a guest has written since it began with its base.
 #[derive(Debug)]
 pub struct Written {
-    memory: Base,
+    /// Of the guest's memory.
+    length: u64,
     pages: Vec<Range<u64>>,
+    /// Of the pages, one after the other.
+    content: Vec<u8>,
+}
+
+fn length_of(pages: &[Range<u64>]) -> usize {
+    usize::try_from(bytes(pages)).unwrap_or(usize::MAX)
 }
 
 /// How much runs of pages hold.
@@ -429,9 +474,8 @@ mod tests {
         let guest = open(source);
         let pages = guest.pages(Scope::Written).unwrap();
         assert_eq!(pages, [2 * PAGE..3 * PAGE, 5 * PAGE..7 * PAGE]);
-        let aside = Base::empty(length).unwrap();
-        aside.reserve(&pages).unwrap();
-        let written = guest.capture(pages.clone(), aside).unwrap();
+        // More than was thought.
+        let written = guest.capture(pages.clone(), Aside::room_for(&pages[..1])).unwrap();
         of_source[8 * 4096] = 4;
         open(child).apply(&written).unwrap();
         assert_eq!((of_child[2 * 4096], of_child[6 * 4096], of_child[8 * 4096]), (0, 9, 0));
