@@ -59,6 +59,8 @@ use crate::{
 pub struct Options {
     pub data: PathBuf,
     pub wish: Wish,
+    /// Memory that VMs leave to others, where a user says how much.
+    pub reserve: Option<burgeon_api::ByteSize>,
     /// The guest agent: a static program put into every initramfs.
     pub agent: &'static [u8],
     /// The version told to the control process.
@@ -113,7 +115,7 @@ pub async fn run(options: Options) -> Result<()> {
         substrates: frozen::Substrates::default(),
         siblings: identity::Siblings::default(),
         secrets: provisions::Secrets::default(),
-        room: room::Room::default(),
+        room: room::Room::new(options.reserve),
         standbys: standby::Standbys::default(),
         layout: layout.clone(),
     });

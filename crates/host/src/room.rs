@@ -14,6 +14,7 @@ use burgeon_plan::admission::{Memory, admit, need};
 #[derive(Debug, Default)]
 pub(crate) struct Room {
     promised: Arc<AtomicU64>,
+    reserve: Option<ByteSize>,
 }
 
 /// Room for one VM, until it has taken it.
@@ -24,6 +25,11 @@ pub(crate) struct Taken {
 }
 
 impl Room {
+    /// `reserve`: what a user wants to have left to others.
+    pub(crate) fn new(reserve: Option<ByteSize>) -> Room {
+        Room { reserve, ..Room::default() }
+    }
+
     /// Takes room for a VM that goes on from a captured state.
     ///
     /// # Errors
@@ -37,7 +43,7 @@ impl Room {
         let (Some(total), Some(available)) = (value(&about, "MemTotal:"), value(&about, "MemAvailable:")) else {
             return Err(Error::internal("/proc/meminfo does not tell how much memory there is"));
         };
-        admit(Memory { total, available, promised: ByteSize(before) }, need)?;
+        admit(Memory { total, available, promised: ByteSize(before), reserve: self.reserve }, need)?;
         Ok(taken)
     }
 
@@ -71,5 +77,22 @@ mod tests {
         drop(taken);
         assert!(room.take(ByteSize(u64::MAX / 16)).unwrap_err().message.starts_with("no capacity"));
         assert_eq!(room.promised.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn of_a_burst_only_as_many_are_admitted_as_there_is_room_for() {
+        // What the machine has beside this is none of the test's business, as long as it has this much for a moment.
+        let about = fs::read_to_string("/proc/meminfo").unwrap();
+        let available = value(&about, "MemAvailable:").unwrap();
+        let room = Room::new(Some(ByteSize(available.bytes() / 2)));
+        let each = ByteSize(available.bytes());
+        let taken: Vec<_> = std::thread::scope(|scope| {
+            let all: Vec<_> = (0..24).map(|_| scope.spawn(|| room.take(each))).collect();
+            all.into_iter().map(|one| one.join().unwrap()).collect()
+        });
+        let admitted = taken.iter().filter(|one| one.is_ok()).count();
+        // Each needs an eighth of what is available, and half of that is to be had.
+        assert!((1..=5).contains(&admitted), "{admitted}");
+        assert!(taken.iter().flat_map(|one| one.as_ref().err()).all(|error| error.message.starts_with("no capacity")));
     }
 }

@@ -60,7 +60,10 @@ fn from_environment(name: &str, variable: &str, default: &str) -> Setting {
 
 /// What the host process is set by.
 pub(super) fn of_host() -> Vec<Setting> {
-    let own = [from_environment("accelerator", "BURGEON_ACCEL", "auto")];
+    let own = [
+        from_environment("accelerator", "BURGEON_ACCEL", "auto"),
+        from_environment("reserve", "BURGEON_RESERVE", "a twentieth of the memory"),
+    ];
     own.into_iter().chain(environment::shown(&environment::of_process, false)).collect()
 }
 

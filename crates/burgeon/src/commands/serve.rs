@@ -2,7 +2,7 @@
 
 use std::{path::Path, process::Stdio, time::Duration};
 
-use burgeon_api::{Error, Result};
+use burgeon_api::{ByteSize, Error, Result};
 use burgeon_host::layout::{Layout, Lock};
 use burgeon_store::places::Elsewhere;
 use tokio::{
@@ -43,12 +43,19 @@ fn asked_to_end() -> Result<CancellationToken> {
     Ok(token)
 }
 
+/// Memory that is left to others.
+fn reserve() -> Result<Option<ByteSize>> {
+    let given = std::env::var("BURGEON_RESERVE").ok().filter(|given| !given.is_empty());
+    given.map(|given| given.parse()).transpose().map_err(|error: Error| error.context("read BURGEON_RESERVE"))
+}
+
 pub(super) async fn host(context: &Context) -> Result<u8> {
     log_to_stderr();
     let wish = std::env::var("BURGEON_ACCEL").unwrap_or_default().parse()?;
     let options = burgeon_host::Options {
         data: context.data.clone(),
         wish,
+        reserve: reserve()?,
         agent: AGENT,
         build: version(),
         // Whatever this process was told: it has no use for meta.
@@ -82,7 +89,7 @@ pub(super) async fn serve(context: &Context, arguments: ServeArguments) -> Resul
     let _lock = Lock::take(&layout, "serve")?;
     // What is missing is said at once, not by a process that dies over and over.
     burgeon_qemu::facts::Qemu::find().await?;
-    tracing::debug!(?wish, "the accelerator's setting is sound");
+    tracing::debug!(?wish, reserve = ?reserve()?, "the settings are sound");
     let elsewhere = environment::elsewhere(&environment::of_process)?;
     let of_layout = layout.clone();
     let checked = tokio::task::spawn_blocking(move || burgeon_control::check_places(&of_layout, &elsewhere)).await;

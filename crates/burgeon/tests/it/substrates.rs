@@ -194,6 +194,22 @@ fn vms_begin_at_once_where_qemus_wait() {
 }
 
 #[test]
+fn a_burst_that_the_memory_does_not_hold_is_refused_one_by_one() {
+    let mut lab = Lab::new(&["tiny"]);
+    lab.environment.push(("BURGEON_RESERVE".into(), "1T".into()));
+    lab.run(&["substrate", "create", "base", "--image", "tiny", "-p", "tiny"]).good();
+    let refused = lab.run(&["vm", "create", "-s", "base", "--name", "c", "-c", "24"]);
+    assert_eq!(refused.code, 1);
+    assert!(refused.stderr.contains("no capacity"), "{}", refused.stderr);
+    // None of them is left half-made.
+    assert_eq!(lab.json(&["vm", "ls"]), serde_json::json!([]));
+    assert!(lab.qemus().is_empty() && lab.standbys().is_empty());
+    let wrong = lab.command_in(&lab.path("other"), &["serve"]).env("BURGEON_RESERVE", "much").spawn().unwrap();
+    let wrong = crate::lab::finish(wrong);
+    assert!(wrong.code == 1 && wrong.stderr.contains("BURGEON_RESERVE"), "{}", wrong.stderr);
+}
+
+#[test]
 fn forks_take_the_qemus_that_wait_for_them() {
     let lab = Lab::new(&["tiny"]);
     lab.run(&["substrate", "create", "base", "--image", "tiny", "-p", "tiny"]).good();
