@@ -308,8 +308,10 @@ pub(crate) async fn idle_exit(state: Shared, limit: Option<Duration>) {
             Ok(views) => views.into_iter().filter(keeps_server).count(),
             Err(_) => 1,
         };
+        let asked = crate::substrates::standbys(&state).await.into_iter().filter(|(_, of)| of.asked.unwrap_or(0) > 0);
         let activity = burgeon_plan::idle::Activity {
             vms,
+            standbys: asked.count(),
             runs: state.pipelines.active(),
             connections: state.busy.load(std::sync::atomic::Ordering::Relaxed),
         };

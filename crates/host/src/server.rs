@@ -10,9 +10,10 @@ use burgeon_api::{
     provisions::Provisions,
     snapshot::VmSnapshot,
     substrate::Recipe,
-    vm::{HostVm, Observed},
+    vm::Observed,
 };
 use burgeon_guest::protocol::FileKind as GuestFileKind;
+use burgeon_plan::vm::is_over;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{UnixListener, UnixStream},
@@ -253,9 +254,12 @@ impl Connection {
             Request::Watch => self.watch(stream).await,
             Request::Exit => {
                 let vms = self.registry.list().await?;
-                let live = |vm: &&HostVm| !matches!(vm.observed, Observed::Stopped { .. } | Observed::Failed { .. });
-                if let Some(vm) = vms.iter().find(live) {
+                if let Some(vm) = vms.iter().find(|vm| !is_over(&vm.observed)) {
                     return Err(Error::conflict(format!("VM {} is {}", vm.name, vm.observed.name())));
+                }
+                // What demand has made goes with this process; what a user has asked for stays.
+                if self.context.standbys.all().iter().any(|(_, of)| of.asked.is_some_and(|asked| asked > 0)) {
+                    return Err(Error::conflict("QEMUs wait for VMs, as a user wants it"));
                 }
                 reply(stream, &Reply::Done).await?;
                 if self.leave.try_send(()).is_err() {

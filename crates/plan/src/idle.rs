@@ -15,6 +15,8 @@ use std::time::Duration;
 pub struct Activity {
     /// VMs that have not ended, those of which nothing is known among them ([`crate::vm::is_over`] says no).
     pub vms: usize,
+    /// Substrates for which a user wants QEMUs to wait.
+    pub standbys: usize,
     /// Runs of pipelines that are not over.
     pub runs: usize,
     /// Open client connections.

@@ -89,7 +89,8 @@ pub(super) async fn serve(context: &Context, arguments: ServeArguments) -> Resul
     let _lock = Lock::take(&layout, "serve")?;
     // What is missing is said at once, not by a process that dies over and over.
     burgeon_qemu::facts::Qemu::find().await?;
-    tracing::debug!(?wish, reserve = ?reserve()?, "the settings are sound");
+    let reserve = reserve()?;
+    tracing::debug!(?wish, ?reserve, "the settings are sound");
     let elsewhere = environment::elsewhere(&environment::of_process)?;
     let of_layout = layout.clone();
     let checked = tokio::task::spawn_blocking(move || burgeon_control::check_places(&of_layout, &elsewhere)).await;
