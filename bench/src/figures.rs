@@ -56,6 +56,7 @@ pub(crate) enum Figure {
     NbdWriteRatio,
     ActivateDocked,
     ActivateSpawned,
+    FirstReply,
     ForkPause,
     ForkChild,
     ClonePss,
@@ -86,6 +87,7 @@ impl Figure {
             Figure::NbdWriteRatio => "nbd_write_ratio",
             Figure::ActivateDocked => "activate_docked",
             Figure::ActivateSpawned => "activate_spawned",
+            Figure::FirstReply => "first_reply",
             Figure::ForkPause => "fork_pause",
             Figure::ForkChild => "fork_child",
             Figure::ClonePss => "clone_pss",
@@ -154,6 +156,10 @@ impl Figure {
                 "from POST /v1/substrates/S/vms to the end of a first command, receipt included, process started; \
                  QEMU by hand: the same machine with a shell on a raw port, no identity given, the same command"
             }
+            Figure::FirstReply => {
+                "from the claim of a QEMU that waits to the guest's first word; QEMU by hand: waiting for the state too, \
+                 to the end of a shell's first command"
+            }
             Figure::ForkPause => {
                 "how long a running VM stands still while it is forked, from asking for its freeze to its thaw; \
                  allowed_ms: 5 and 0.25 for each MiB copied and 8 for each GiB of memory"
@@ -180,6 +186,7 @@ impl Figure {
             | Figure::DiskClone
             | Figure::ActivateDocked
             | Figure::ActivateSpawned
+            | Figure::FirstReply
             | Figure::ForkPause
             | Figure::ForkChild
             | Figure::Park
@@ -207,6 +214,7 @@ impl Figure {
             | Figure::DiskClone
             | Figure::ActivateDocked
             | Figure::ActivateSpawned
+            | Figure::FirstReply
             | Figure::ForkPause
             | Figure::ForkChild
             | Figure::ClonePss
@@ -228,7 +236,7 @@ impl Figure {
             Figure::MetaInserts => "SQLite alone",
             Figure::DiskClone => "qemu-img create -b",
             Figure::NbdReadRatio | Figure::NbdWriteRatio => "qemu-nbd",
-            Figure::ActivateDocked | Figure::ActivateSpawned => "qemu by hand",
+            Figure::ActivateDocked | Figure::ActivateSpawned | Figure::FirstReply => "qemu by hand",
             Figure::ForkPause
             | Figure::ForkChild
             | Figure::ClonePss
@@ -258,6 +266,7 @@ impl Figure {
             Figure::NbdReadRatio | Figure::NbdWriteRatio => ("ratio at least 0.80", Some(0.80), None),
             Figure::ActivateDocked => ("median at most 45 ms", None, Some(45.0)),
             Figure::ActivateSpawned => ("median at most 70 ms", None, Some(70.0)),
+            Figure::FirstReply => ("ratio at most 1.30", Some(1.30), None),
             Figure::ForkPause => ("median at most allowed_ms", None, None),
             Figure::ForkChild => ("median at most 80 ms", None, Some(80.0)),
             Figure::ClonePss => ("median at most 30 MiB", None, Some(30.0)),
@@ -324,6 +333,7 @@ pub(crate) fn measure(figure: Figure, workspace: &Workspace, runs: u32) -> Resul
         Figure::NbdWriteRatio => disk::nbd(workspace, runs, "randwrite")?,
         Figure::ActivateDocked => substrates::activate(workspace, runs, substrates::From::Standby)?,
         Figure::ActivateSpawned => substrates::activate(workspace, runs, substrates::From::Nothing)?,
+        Figure::FirstReply => substrates::first_reply(workspace, runs)?,
         Figure::ForkPause => substrates::fork_pause(workspace, runs)?,
         Figure::ForkChild => substrates::fork_child(workspace, runs)?,
         Figure::ClonePss => substrates::clone_pss(workspace)?,

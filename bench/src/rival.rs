@@ -216,9 +216,9 @@ fn deadline() -> tokio::time::Instant {
 }
 
 impl Captured {
-    /// Lets one go on, and tells the time from its start until the guest's shell has run a command. No identity is
-    /// given: the guest is its siblings' twin.
-    pub(crate) fn activate(&self, workspace: &Workspace) -> Result<(Running, Duration)> {
+    /// Lets one go on, and tells the time until the guest's shell has run a command: from the start of QEMU, and from when
+    /// that waits for the state. No identity is given: the guest is its siblings' twin.
+    pub(crate) fn activate(&self, workspace: &Workspace) -> Result<(Running, [Duration; 2])> {
         let Machine { directory, program, arguments, .. } = &self.machine;
         for socket in ["raw.sock", "qmp.sock"] {
             if directory.join(socket).exists() {
@@ -242,13 +242,14 @@ impl Captured {
                 }
             }
         })?;
+        wait.block_on(state::tell_when_loaded(&qmp))?;
+        let waits = Instant::now();
         wait.block_on(async {
-            state::tell_when_loaded(&qmp).await?;
             self.devices.load(&qmp).await?;
             state::go_on(&qmp).await
         })?;
         running.run()?;
-        Ok((running, begun.elapsed()))
+        Ok((running, [begun.elapsed(), waits.elapsed()]))
     }
 }
 

@@ -11,7 +11,7 @@ use burgeon_api::{
     profile::Profile,
     provisions::Provisions,
     substrate::{ActivateVms, CreateSubstrate, ForkVm, Forked, Keep, KeepStandbys, Recipe, SubstrateView},
-    vm::{Observed, VmView},
+    vm::{Accelerator, Observed, VmView},
 };
 use serde_json::json;
 
@@ -20,7 +20,7 @@ use crate::{
     http::Client,
     product::{self, Vm},
     report::Samples,
-    rival::Machine,
+    rival::{Captured, Machine},
     workspace::Workspace,
 };
 
@@ -96,15 +96,20 @@ fn dock(client: &Client, count: u32) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn activate(workspace: &Workspace, runs: u32, from: From) -> Result<Outcome> {
-    let (client, _) = substrate(workspace)?;
-    let waiting = u32::from(from == From::Standby);
+/// A machine with the same devices, captured by hand.
+fn by_hand(workspace: &Workspace) -> Result<(Captured, Accelerator)> {
     // A VM that boots shows the arguments.
     let (booted, _) = product::boot(workspace, IMAGE, &Profile::named("tiny")?)?;
     let accelerator = booted.accelerator;
-    let by_hand = Machine::like(workspace, &booted, "captured-by-hand")?.with_raw_port(1 << 16)?;
+    let machine = Machine::like(workspace, &booted, "captured-by-hand")?.with_raw_port(1 << 16)?;
     booted.remove()?;
-    let captured = by_hand.capture(workspace)?;
+    Ok((machine.capture(workspace)?, accelerator))
+}
+
+pub(crate) fn activate(workspace: &Workspace, runs: u32, from: From) -> Result<Outcome> {
+    let (client, _) = substrate(workspace)?;
+    let waiting = u32::from(from == From::Standby);
+    let (captured, accelerator) = by_hand(workspace)?;
     let ours = || {
         dock(&client, waiting)?;
         let begun = Instant::now();
@@ -114,12 +119,30 @@ pub(crate) fn activate(workspace: &Workspace, runs: u32, from: From) -> Result<O
         vm.remove()?;
         Ok(took)
     };
-    let mut theirs = || captured.activate(workspace).map(|(_, took)| took);
+    let mut theirs = || captured.activate(workspace).map(|(_, [from_start, _])| from_start);
     let samples = take_turns(runs, milliseconds, ours, Some(&mut theirs))?;
     let mut sorted = samples.ours.clone();
     sorted.sort_by(f64::total_cmp);
     let p99 = sorted.get((sorted.len() * 99).div_ceil(100).saturating_sub(1)).copied().unwrap_or(f64::NAN);
     Ok(Outcome::from((samples, accelerator)).with([("p99_ms", p99)]))
+}
+
+/// Up to the first word of a guest for which a QEMU waits, on either side.
+pub(crate) fn first_reply(workspace: &Workspace, runs: u32) -> Result<Outcome> {
+    let (client, _) = substrate(workspace)?;
+    let (captured, accelerator) = by_hand(workspace)?;
+    let ours = || {
+        dock(&client, 1)?;
+        let vm = one(workspace, &client)?;
+        let view: VmView = client.get(&format!("/v1/vms/{}", vm.id))?;
+        vm.remove()?;
+        let phases = view.on_host.context("the VM is not on the host")?.start_times;
+        let until = phases.iter().take_while(|time| time.phase != "identify");
+        Ok(Duration::from_micros(until.map(|time| time.microseconds).sum()))
+    };
+    let mut theirs = || captured.activate(workspace).map(|(_, [_, from_waiting])| from_waiting);
+    let samples = take_turns(runs, milliseconds, ours, Some(&mut theirs))?;
+    Ok((samples, accelerator).into())
 }
 
 /// Until QEMUs wait for the next fork: what was begun by the last one takes less.
