@@ -20,6 +20,8 @@ use crate::state::{Shared, now_s};
 pub(crate) const UP: Duration = Duration::from_secs(300);
 /// How long a host process that is being started is waited for.
 const REACHED: Duration = Duration::from_secs(10);
+/// When a host process that is gone is asked again.
+const AGAIN: Duration = Duration::from_millis(200);
 /// VMs that one request makes.
 pub(crate) const MOST_AT_ONCE: usize = 256;
 
@@ -92,9 +94,17 @@ async fn raised(state: &Shared, row: &VmRow) -> Result<()> {
             }
             // How far the host process had come when it ended, nobody knows.
             Err(error) if matches!(error.kind, ErrorKind::Unavailable | ErrorKind::Deadline) => {
-                let back = state.when(|seen| seen.unreachable.is_none().then_some(Ok(())));
-                timeout(UP, back).await.map_err(|_| error.clone())??;
-                state.host.give_up(id, error.to_string()).await?;
+                let given_up = async {
+                    // That the host process is gone, this one may not have noticed yet.
+                    while let Err(unreached) = state.host.give_up(id, error.to_string()).await {
+                        if unreached.kind != ErrorKind::Unavailable {
+                            return Err(unreached);
+                        }
+                        tokio::time::sleep(AGAIN).await;
+                    }
+                    Ok(())
+                };
+                timeout(UP, given_up).await.map_err(|_| error.clone())??;
                 return Err(error);
             }
             outcome => return outcome,

@@ -235,8 +235,10 @@ fn hand_over(
     let record = awaiting.of_process(process, standby.run_as, limits);
     // Written down first: a process that dies behind this line ends that QEMU, wherever its directory is.
     record.store(directory)?;
+    reached(steps::Step::Claimed);
     phases.tell(Step::Started { record: Box::new(record.clone()) });
     standby.hand_to(directory, record.launch.id)?;
+    reached(steps::Step::Handed);
     Ok(record)
 }
 
@@ -309,6 +311,7 @@ async fn start_own(
     let (mut guard, started) =
         start::spawn(context, directory, awaiting, &machine, run_as, Some(memory.file().as_fd()))?;
     let process = guard.process.clone();
+    reached(steps::Step::Spawned);
     phases.tell(Step::Started { record: Box::new(started.clone()) });
     let going_on = async {
         let (console, qmp) = connect_monitor(directory, Instant::now() + MONITOR_DEADLINE).await?;
@@ -351,6 +354,7 @@ async fn go_on(
     .await?;
     phases.enter("load");
     frozen.devices.load(&qmp).await?;
+    reached(steps::Step::Loaded);
     phases.enter("resume");
     let agent = connect_agent(directory, &launch.name, true, deadline).await?;
     if record.docked.is_some() {
@@ -385,11 +389,13 @@ async fn renew(
 ) -> Result<(Receipt, GuestView)> {
     state::go_on(qmp).await?;
     let receipt = identify(context, record, claim, agent, phases).await?;
+    reached(steps::Step::Identified);
     phases.enter(THAW);
     // What its user had frozen before it was parked stays so.
     if !record.frozen {
         agent.thaw().await?;
     }
+    reached(steps::Step::Thawed);
     let guest = agent.guest_view().ok_or_else(|| Error::unavailable("the channel to the guest ended"))?;
     let (host_name, boot_id) = (receipt.host_name.clone(), receipt.boot_id.clone());
     Ok((receipt, GuestView { host_name, boot_id, ..guest }))

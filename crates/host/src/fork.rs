@@ -27,6 +27,7 @@ use burgeon_qemu::{
     qmp::Qmp,
     state::{self, Devices, Saving},
 };
+use burgeon_store::steps::{Step as DiesAt, reached};
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, timeout, timeout_at},
@@ -158,6 +159,7 @@ impl Gate {
             }
             state::pause(running.monitor).await?;
             let captured = still(running, into, &saving, during).await;
+            reached(DiesAt::Captured);
             if end == End::GoesOn || captured.is_err() {
                 state::go_on(running.monitor).await?;
             }
@@ -203,6 +205,7 @@ impl Gate {
         let kept = blocking(move || {
             let docked =
                 frozen::keep(&disks, &directory, |map| Disks::memory_root(id, map), &frozen, compatibility, stood_us)?;
+            reached(DiesAt::StateKept);
             Ok((docked, Arc::new(frozen)))
         })
         .await;

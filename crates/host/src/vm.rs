@@ -39,6 +39,7 @@ use burgeon_qemu::{
     process::{End, Process},
     qmp::Event,
 };
+use burgeon_store::steps::{Step as DiesAt, reached};
 pub(crate) use hold::{Hold, is_paused};
 use serde_json::Value;
 use tokio::{
@@ -766,6 +767,7 @@ impl Owner {
         }
         let record = Record { docked: Some(docked), ended: Some(observed.clone()), ..self.record.clone() };
         record.store(&self.directory)?;
+        reached(DiesAt::StateRecorded);
         self.record = record;
         self.end_process().await;
         fork::capture_is_over(&self.directory);

@@ -29,6 +29,24 @@ pub enum Step {
     ImagePublished,
     /// A page of chunks is deleted.
     ChunksSwept,
+    /// A VM is captured, and its CPUs still stand.
+    Captured,
+    /// A captured state is kept, and the VM's record does not say so.
+    StateKept,
+    /// The record says so, and the VM's process is still there.
+    StateRecorded,
+    /// A QEMU is started for a VM that goes on from a captured state, and is written down.
+    Spawned,
+    /// A VM's record names a QEMU that waited, whose directory is its own yet.
+    Claimed,
+    /// That directory is the VM's.
+    Handed,
+    /// A QEMU has taken the state up, and its CPUs stand.
+    Loaded,
+    /// A guest has shown a good receipt, and its workload stands.
+    Identified,
+    /// A guest's workload goes on, and nobody was told.
+    Thawed,
     /// A VM's instant is captured, it goes on, and nothing names what was captured.
     SnapshotCaptured,
     /// All of a snapshot is kept, and it is not in its place.
@@ -56,7 +74,7 @@ pub enum Step {
 }
 
 impl Step {
-    pub const ALL: [Step; 23] = [
+    pub const ALL: [Step; 32] = [
         Step::ObjectBeside,
         Step::PackWritten,
         Step::PackKnown,
@@ -68,6 +86,15 @@ impl Step {
         Step::ImageKept,
         Step::ImagePublished,
         Step::ChunksSwept,
+        Step::Captured,
+        Step::StateKept,
+        Step::StateRecorded,
+        Step::Spawned,
+        Step::Claimed,
+        Step::Handed,
+        Step::Loaded,
+        Step::Identified,
+        Step::Thawed,
         Step::SnapshotCaptured,
         Step::SnapshotKept,
         Step::RollbackWanted,

@@ -16,6 +16,7 @@ mod image_travels;
 mod images;
 mod kills;
 mod lab;
+mod phases;
 mod pipelines;
 #[allow(dead_code, reason = "it is shared with the tests of burgeon-store")]
 #[path = "../../../store/tests/it/sql/server.rs"]

@@ -37,7 +37,16 @@ const COLLECT: [Step; 8] = [
 ];
 
 /// Those that the tests of the whole product die at.
-const ELSEWHERE: [Step; 15] = [
+const ELSEWHERE: [Step; 24] = [
+    Step::Captured,
+    Step::StateKept,
+    Step::StateRecorded,
+    Step::Spawned,
+    Step::Claimed,
+    Step::Handed,
+    Step::Loaded,
+    Step::Identified,
+    Step::Thawed,
     Step::SnapshotCaptured,
     Step::SnapshotKept,
     Step::RollbackWanted,
