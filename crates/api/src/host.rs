@@ -16,7 +16,7 @@ use crate::{
     profile::Profile,
     provisions::Provisions,
     snapshot::VmSnapshot,
-    substrate::{Forked, Keep, Recipe, Standbys},
+    substrate::{Forked, Keep, Recipe, Shares, Standbys},
     vm::{Figures, HostVm},
 };
 
@@ -281,6 +281,11 @@ pub enum Request {
     },
     /// How many wait, for each substrate.
     Standbys,
+    /// What a substrate, VMs that go on from it, and QEMUs that wait for it take of this machine's memory.
+    Shares {
+        substrate: VmId,
+        vms: Vec<VmId>,
+    },
     /// Captures a running VM, keeps that in the store, and ends its process. A start lets it go on.
     Park {
         vm: VmId,
@@ -357,6 +362,7 @@ pub enum Reply {
     Image(Box<Image>),
     Forked(Forked),
     Standbys(Vec<(VmId, Standbys)>),
+    Shares(Shares),
     Snapshot(Box<VmSnapshot>),
     Snapshots(Vec<VmSnapshot>),
     Log {

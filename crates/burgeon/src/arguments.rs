@@ -400,6 +400,8 @@ pub enum SubstrateCommand {
     Ls(ListArguments),
     /// Show what a substrate is, what it holds, and what it needs
     Show { substrate: String },
+    /// Show what a substrate holds in the store beside its image, and in memory; and what its VMs have written
+    Stat { substrate: String },
     /// Have QEMUs wait for VMs of a substrate, so that those begin at once
     Dock {
         substrate: String,

@@ -9,7 +9,7 @@ use burgeon_api::{
     image::Image,
     provisions::Provisions,
     snapshot::VmSnapshot,
-    substrate::{Forked, Recipe, Standbys},
+    substrate::{Forked, Recipe, Shares, Standbys},
     vm::HostVm,
 };
 use tokio::{
@@ -103,6 +103,14 @@ impl HostClient {
     pub(crate) async fn standbys(&self) -> Result<Vec<(VmId, Standbys)>> {
         match self.ask(Request::Standbys, QUICK).await? {
             Reply::Standbys(standbys) => Ok(standbys),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// What a substrate and those that use it take of the machine's memory.
+    pub(crate) async fn shares(&self, substrate: VmId, vms: Vec<VmId>) -> Result<Shares> {
+        match self.ask(Request::Shares { substrate, vms }, SLOW).await? {
+            Reply::Shares(shares) => Ok(shares),
             other => Err(unexpected(&other)),
         }
     }

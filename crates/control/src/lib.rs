@@ -23,6 +23,7 @@ mod remotes;
 mod snapshots;
 mod state;
 mod store;
+mod substrate_stat;
 mod substrates;
 mod transport;
 

@@ -26,6 +26,7 @@ mod room;
 mod seed;
 mod server;
 mod session;
+mod shares;
 mod snapshot;
 mod snapshots;
 mod ssh_key;

@@ -29,7 +29,7 @@ use crate::{
     record::Record,
     registry::Registry,
     session::Attachment,
-    snapshots,
+    shares, snapshots,
     start::Context,
     vm::{Command, Hold, VmHandle},
 };
@@ -207,6 +207,10 @@ impl Connection {
                 reply(stream, &Reply::Done).await
             }
             Request::Standbys => reply(stream, &Reply::Standbys(self.context.standbys.all())).await,
+            Request::Shares { substrate, vms } => {
+                let shares = shares::of(&self.context, &self.registry, substrate, &vms).await?;
+                reply(stream, &Reply::Shares(shares)).await
+            }
             Request::Park { vm } => {
                 self.park(vm).await?;
                 reply(stream, &Reply::Done).await

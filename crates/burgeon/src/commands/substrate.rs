@@ -28,6 +28,7 @@ pub(super) async fn run(context: &Context, command: SubstrateCommand) -> Result<
         }
         SubstrateCommand::Ls(arguments) => list(context, arguments.quiet).await,
         SubstrateCommand::Show { substrate } => show(context, &substrate).await,
+        SubstrateCommand::Stat { substrate } => super::substrate_stat::stat(context, &substrate).await,
         SubstrateCommand::Dock { substrate, count, no_wait } => dock(context, &substrate, count.0, !no_wait).await,
         SubstrateCommand::Rm { substrates } => {
             let client = context.client()?;
