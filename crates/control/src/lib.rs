@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod api;
+mod bundles;
 mod commit;
 mod differences;
 mod disks;

@@ -32,6 +32,7 @@ mod snapshots;
 mod ssh_key;
 mod standby;
 mod start;
+mod take_in;
 mod vm;
 
 use std::{os::unix::fs::PermissionsExt, path::PathBuf, sync::Arc};

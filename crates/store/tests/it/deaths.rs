@@ -37,7 +37,10 @@ const COLLECT: [Step; 8] = [
 ];
 
 /// Those that the tests of the whole product die at.
-const ELSEWHERE: [Step; 15] = [
+const ELSEWHERE: [Step; 18] = [
+    Step::BundleStored,
+    Step::TakenIn,
+    Step::TakenInByHost,
     Step::SnapshotCaptured,
     Step::SnapshotKept,
     Step::RollbackWanted,
