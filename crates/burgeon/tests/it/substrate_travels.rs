@@ -41,8 +41,11 @@ fn what_a_substrate_holds_is_told_with_who_shares_it() {
         users.iter().find(|user| user["name"] == name).unwrap_or_else(|| panic!("{stat}"))["share"].clone()
     };
     let (busy, idle) = (user("c-1"), user("c-2"));
-    assert!(bytes(&busy["own"]) > bytes(&idle["own"]) + 15_000_000, "{stat}");
-    assert!(bytes(&idle["own"]) < held && bytes(&idle["proportional"]) < held + 200_000_000, "{stat}");
+    // Of random bytes the substrate has none. How much else each guest writes by itself differs.
+    assert!(bytes(&busy["own"]) >= 20_000_000, "{stat}");
+    for share in [&busy, &idle] {
+        assert!(bytes(&share["own"]) > 0 && bytes(&share["own"]) < bytes(&share["proportional"]), "{stat}");
+    }
     assert_eq!((&busy["of_held"], &idle["of_held"]), (&true.into(), &true.into()), "{stat}");
     let table = lab.run(&["substrate", "stat", "web"]).good().stdout;
     assert!(table.contains("beside the image's") && table.contains("disk root"), "{table}");
@@ -70,9 +73,21 @@ fn roots(data: &Path, kind: &str) -> u32 {
 /// Nothing of an import stays that has a name, nor a directory.
 #[track_caller]
 fn nothing_is_left(data: &Path) {
+    let temporary = || -> Vec<String> {
+        let entries = fs::read_dir(data.join("tmp")).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect()
+    };
+    // What was on its way goes before the answer.
+    let left = temporary();
+    assert!(!left.iter().any(|name| name.starts_with("build-") || name.starts_with("image-")), "{left:?}");
     until("no VM's directory is left", || fs::read_dir(data.join("vms")).unwrap().next().is_none());
     until("no hold is left", || roots(data, "import") == 0 && roots(data, "disk") == 0);
-    assert!(fs::read_dir(data.join("tmp")).unwrap().next().is_none());
+    // QEMUs that waited are cleared away in the host's own time.
+    until("all that is left goes", || {
+        let left = temporary();
+        assert!(left.iter().all(|name| name.starts_with("standby-")), "{left:?}");
+        left.is_empty()
+    });
 }
 
 #[test]
