@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Error, RequestId, VmId,
+    bundle::BundledDisk,
     disk::{DiskChanged, DiskChanges, DiskView},
     exec::Attach,
     http::Setting,
@@ -16,7 +17,7 @@ use crate::{
     profile::Profile,
     provisions::Provisions,
     snapshot::VmSnapshot,
-    substrate::{Forked, Keep, Recipe, Standbys},
+    substrate::{Docked, Forked, Keep, Recipe, Shares, Standbys},
     vm::{Figures, HostVm},
 };
 
@@ -131,6 +132,23 @@ pub enum DiskRequest {
     },
     /// The image that the VM was started from.
     Image,
+}
+
+/// What the host tells of a substrate that it has laid out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LaidOut {
+    /// The disks that are plugged in beside the root, and where.
+    pub ports: Vec<(String, u8)>,
+}
+
+/// A substrate that was made elsewhere. Somebody keeps its maps until this is answered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TakeIn {
+    pub launch: Launch,
+    pub docked: Docked,
+    pub disks: Vec<BundledDisk>,
+    /// Where its files lie, as [`Request::LayOut`] puts them. They are taken away from there.
+    pub directory: String,
 }
 
 /// A message of a handover. One comes every few seconds at least; `Stored` or `Failed` is the last. The work ends when its
@@ -281,6 +299,19 @@ pub enum Request {
     },
     /// How many wait, for each substrate.
     Standbys,
+    /// What a substrate, VMs that go on from it, and QEMUs that wait for it take of this machine's memory.
+    Shares {
+        substrate: VmId,
+        vms: Vec<VmId>,
+    },
+    /// Puts what the store has not of a docked substrate into a directory of the asker's: `devices`, kernel and initramfs,
+    /// as the VM's directory has them.
+    LayOut {
+        vm: VmId,
+        directory: String,
+    },
+    /// Makes a substrate that was made elsewhere. Asking twice makes one.
+    TakeIn(Box<TakeIn>),
     /// Captures a running VM, keeps that in the store, and ends its process. A start lets it go on.
     Park {
         vm: VmId,
@@ -357,6 +388,8 @@ pub enum Reply {
     Image(Box<Image>),
     Forked(Forked),
     Standbys(Vec<(VmId, Standbys)>),
+    Shares(Shares),
+    LaidOut(LaidOut),
     Snapshot(Box<VmSnapshot>),
     Snapshots(Vec<VmSnapshot>),
     Log {

@@ -4,6 +4,7 @@
 //! This crate has no input or output and no runtime; everything here is data and its validation.
 #![forbid(unsafe_code)]
 
+pub mod bundle;
 pub mod differences;
 pub mod disk;
 pub mod document;

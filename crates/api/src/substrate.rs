@@ -90,6 +90,80 @@ pub struct Standbys {
     pub error: Option<crate::Error>,
 }
 
+/// What a substrate and those that use it take of the machine's memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Shares {
+    /// What the substrate holds, while it is in memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held: Option<ByteSize>,
+    /// Those that run; the VMs first.
+    pub users: Vec<Share>,
+}
+
+/// What one QEMU takes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Share {
+    /// None: it waits for a VM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<VmId>,
+    /// Its proportional set size: what several share counts for each of them in part.
+    pub proportional: ByteSize,
+    /// Pages that its guest has written since it began, and has for itself.
+    pub own: ByteSize,
+    /// Whether the rest is the memory that the substrate holds now. After a restart of the host process, VMs that went on
+    /// before it share another copy.
+    pub of_held: bool,
+}
+
+/// What a substrate holds, and where.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct SubstrateStat {
+    pub id: VmId,
+    pub name: String,
+    pub image: String,
+    /// What its image takes in the store and beside it.
+    pub image_stored: ByteSize,
+    pub memory: Part,
+    /// By name; the root first.
+    pub disks: Vec<(String, Part)>,
+    /// The state of its devices, a file beside the store.
+    pub devices: ByteSize,
+    /// What memory, disks and devices take that its image does not have already. What two of them share counts once.
+    pub beside_image: ByteSize,
+    /// What it holds in the machine's memory, while it is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held: Option<ByteSize>,
+    /// VMs that go on from it, and QEMUs that wait.
+    pub users: Vec<SubstrateUser>,
+}
+
+/// A part of a substrate that is in the store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Part {
+    /// Its length, zeros and all.
+    pub size: ByteSize,
+    /// Plain bytes of its chunks.
+    pub plain: ByteSize,
+    /// What its chunks take in the store; and those of them that its image does not have.
+    pub stored: ByteSize,
+    pub new: ByteSize,
+    /// What is written, and not in the store yet.
+    pub unstored: ByteSize,
+}
+
+/// A VM that goes on from a substrate, or a QEMU that waits for one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct SubstrateUser {
+    /// None: it waits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// As a VM's; `waiting` for one that waits.
+    pub state: String,
+    /// Absent for a VM that has no process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub share: Option<Share>,
+}
+
 /// A request for QEMUs that wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

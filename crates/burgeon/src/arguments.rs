@@ -400,6 +400,8 @@ pub enum SubstrateCommand {
     Ls(ListArguments),
     /// Show what a substrate is, what it holds, and what it needs
     Show { substrate: String },
+    /// Show what a substrate holds in the store beside its image, and in memory; and what its VMs have written
+    Stat { substrate: String },
     /// Have QEMUs wait for VMs of a substrate, so that those begin at once
     Dock {
         substrate: String,
@@ -409,6 +411,24 @@ pub enum SubstrateCommand {
         /// Do not wait until they are there
         #[arg(long)]
         no_wait: bool,
+    },
+    /// Write a substrate to one file, for another machine with the same QEMU
+    ///
+    /// It holds all that the substrate needs, and its image: whatever was in the memory of the VM that it was made of.
+    Export {
+        substrate: String,
+        /// The file; "-": standard output
+        file: PathBuf,
+        /// Replace a file that is there
+        #[arg(long, short)]
+        force: bool,
+    },
+    /// Make a substrate of a file that substrate export has written; its image too, where there is none of its name
+    Import {
+        /// The file; "-": standard input
+        file: PathBuf,
+        /// Its name here; the one it had when absent
+        name: Option<String>,
     },
     /// Remove substrates that no VM goes on from
     Rm {

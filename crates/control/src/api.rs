@@ -1,5 +1,6 @@
 //! The HTTP API: one table of routes, from which both the router and the OpenAPI document are made.
 
+mod bundles;
 mod disks;
 mod files;
 mod images;
@@ -126,6 +127,7 @@ pub(crate) fn routes() -> (Router<Shared>, Value) {
     let mut routes = Routes { router: Router::new(), told: Vec::new(), schemas: settings.into_generator() };
     server::add(&mut routes);
     snapshots::add(&mut routes);
+    bundles::add(&mut routes);
     substrates::add(&mut routes);
     vms::add(&mut routes);
     disks::add(&mut routes);

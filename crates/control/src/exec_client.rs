@@ -56,6 +56,12 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
             .await
             .map_err(|error| Error::unavailable(format!("the session broke off: {error}")))
     }
+
+    /// Nothing more follows.
+    pub async fn end(mut self) {
+        // A side that has gone needs to know nothing.
+        drop(self.write.shutdown().await);
+    }
 }
 
 /// How much input may be sent, and what is kept of it until it is acknowledged.

@@ -5,11 +5,11 @@ use std::{path::PathBuf, time::Duration};
 use burgeon_api::{
     Error, ErrorKind, RequestId, Result, VmId,
     disk::{DiskChanged, DiskChanges, DiskView},
-    host::{DiskRequest, Envelope, FileRequest, Handover, Launch, Reply, Request, StopMode, VERSION},
+    host::{DiskRequest, Envelope, FileRequest, Handover, LaidOut, Launch, Reply, Request, StopMode, TakeIn, VERSION},
     image::Image,
     provisions::Provisions,
     snapshot::VmSnapshot,
-    substrate::{Forked, Recipe, Standbys},
+    substrate::{Forked, Recipe, Shares, Standbys},
     vm::HostVm,
 };
 use tokio::{
@@ -105,6 +105,27 @@ impl HostClient {
             Reply::Standbys(standbys) => Ok(standbys),
             other => Err(unexpected(&other)),
         }
+    }
+
+    /// What a substrate and those that use it take of the machine's memory.
+    pub(crate) async fn shares(&self, substrate: VmId, vms: Vec<VmId>) -> Result<Shares> {
+        match self.ask(Request::Shares { substrate, vms }, SLOW).await? {
+            Reply::Shares(shares) => Ok(shares),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Puts what the store has not of a substrate into a directory.
+    pub(crate) async fn lay_out(&self, vm: VmId, directory: String) -> Result<LaidOut> {
+        match self.ask(Request::LayOut { vm, directory }, SLOW).await? {
+            Reply::LaidOut(laid_out) => Ok(laid_out),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Makes a substrate that was made elsewhere.
+    pub(crate) async fn take_in(&self, request: TakeIn) -> Result<()> {
+        self.done(Request::TakeIn(Box::new(request)), SLOW).await
     }
 
     /// Keeps a running VM's state and ends its process.

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod api;
+mod bundles;
 mod commit;
 mod differences;
 mod disks;
@@ -23,6 +24,7 @@ mod remotes;
 mod snapshots;
 mod state;
 mod store;
+mod substrate_stat;
 mod substrates;
 mod transport;
 

@@ -7,19 +7,20 @@ use burgeon_api::{
     host::{Begin, Source},
     image::Image,
     provisions::Provisions,
-    substrate::{Child, ForkVm, Forked, Keep, Standbys, SubstrateView},
+    substrate::{Child, Docked, ForkVm, Forked, Keep, Standbys, SubstrateView},
     vm::{Intent, Observed},
 };
 use burgeon_plan::vm::is_over;
 use burgeon_store::meta::{CloneSource, VmRow};
 use tokio::time::{Duration, timeout};
 
-use crate::state::{Shared, now_s};
+use crate::{
+    snapshots,
+    state::{Shared, now_s},
+};
 
 /// How long a substrate's VM may take to come up, and one that goes on.
 pub(crate) const UP: Duration = Duration::from_secs(300);
-/// How long a host process that is being started is waited for.
-const REACHED: Duration = Duration::from_secs(10);
 /// When a host process that is gone is asked again.
 const AGAIN: Duration = Duration::from_millis(200);
 /// VMs that one request makes.
@@ -118,7 +119,7 @@ pub(crate) async fn check_removal(state: &Shared, row: &VmRow) -> Result<()> {
     if row.substrate.is_none() {
         return Ok(());
     }
-    let names = clones(&state.meta.vms().await?, row.id);
+    let names: Vec<String> = clones(&state.meta.vms().await?, row.id).into_iter().map(|clone| clone.name).collect();
     if names.is_empty() {
         return Ok(());
     }
@@ -129,13 +130,13 @@ pub(crate) async fn check_removal(state: &Shared, row: &VmRow) -> Result<()> {
 }
 
 /// VMs that go on from a substrate.
-fn clones(rows: &[VmRow], substrate: VmId) -> Vec<String> {
+pub(crate) fn clones(rows: &[VmRow], substrate: VmId) -> Vec<VmRow> {
     let of_it = |row: &&VmRow| {
         let source = row.source.as_ref();
         source.is_some_and(|source| source.begin == Begin::Substrate && source.source.vm == substrate)
             && row.intent != Intent::Removed
     };
-    rows.iter().filter(of_it).map(|row| row.name.clone()).collect()
+    rows.iter().filter(of_it).cloned().collect()
 }
 
 /// A substrate's row, by name or id.
@@ -152,6 +153,22 @@ pub(crate) async fn find(state: &Shared, name: &str) -> Result<VmRow> {
         _ => error,
     })?;
     if row.substrate.is_some() { Ok(row) } else { Err(missing()) }
+}
+
+/// What is kept of a substrate. A server that has just been started may be a moment ahead of its host process.
+///
+/// # Errors
+/// `Conflict` for one that is not docked, with what it is.
+pub(crate) async fn docked(state: &Shared, row: &VmRow) -> Result<Docked> {
+    snapshots::host_is_there(state).await;
+    let view = state.view(row.clone());
+    let docked = view.on_host.and_then(|vm| vm.docked).filter(|_| view.observed == Observed::Docked);
+    docked.ok_or_else(|| not_docked(&view.name, &view.observed))
+}
+
+pub(crate) fn not_docked(name: &str, observed: &Observed) -> Error {
+    let (state, detail) = (observed.name(), observed.detail());
+    Error::conflict(format!("substrate {name} is not docked: it is {state} {detail}").trim_end())
 }
 
 pub(crate) async fn views(state: &Shared) -> Result<Vec<SubstrateView>> {
@@ -226,9 +243,8 @@ pub(crate) async fn provided(state: &Shared, rows: Vec<VmRow>, provisions: &Prov
     if provisions.is_empty() || !there(state, &rows).await?.is_empty() {
         return record(state, rows).await;
     }
-    // A server that has just been started may be a moment ahead of its host process. What that answers then tells.
-    let reached = state.when(|seen| (seen.looks > 0 && seen.unreachable.is_none()).then_some(Ok(())));
-    drop(timeout(REACHED, reached).await);
+    // A server that has just been started may be a moment ahead of it.
+    snapshots::host_is_there(state).await;
     let ids: Vec<VmId> = rows.iter().map(|row| row.id).collect();
     let recorded = async {
         // Before there is a row, which may be launched at once.

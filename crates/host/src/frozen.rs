@@ -73,6 +73,11 @@ impl Substrates {
         self.docked.lock().unwrap_or_else(PoisonError::into_inner).insert(id, Arc::new(cell));
     }
 
+    /// A substrate, if it is in memory.
+    pub(crate) fn at_hand(&self, id: VmId) -> Option<Arc<Frozen>> {
+        self.docked.lock().unwrap_or_else(PoisonError::into_inner).get(&id)?.get().cloned()
+    }
+
     pub(crate) fn forget(&self, id: VmId) {
         self.docked.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
     }

@@ -26,11 +26,13 @@ mod room;
 mod seed;
 mod server;
 mod session;
+mod shares;
 mod snapshot;
 mod snapshots;
 mod ssh_key;
 mod standby;
 mod start;
+mod take_in;
 mod vm;
 
 use std::{os::unix::fs::PermissionsExt, path::PathBuf, sync::Arc};

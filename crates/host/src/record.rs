@@ -68,6 +68,30 @@ pub(crate) struct Record {
 }
 
 impl Record {
+    /// Of a VM that is new.
+    pub(crate) fn new(launch: Launch) -> Record {
+        Record {
+            format: FORMAT,
+            launch,
+            accelerator: Accelerator::Tcg,
+            host_boot_id: process::host_boot_id(),
+            process: None,
+            user: None,
+            limits: Vec::new(),
+            adoptions: 0,
+            starts: 0,
+            receipt: None,
+            awaits_receipt: false,
+            awaits_provisions: false,
+            docked: None,
+            rolling_back: None,
+            standbys: None,
+            frozen: false,
+            paused: false,
+            ended: None,
+        }
+    }
+
     pub(crate) fn load(directory: &Path) -> Result<Record> {
         let path = directory.join(file::RECORD);
         let bytes = fs::read(&path).map_err(|error| Error::io(format!("read {}", path.display()), &error))?;

@@ -26,6 +26,7 @@ use crate::{
 
 enum Ask {
     Launch { launch: Box<Launch>, claim: Option<Claim>, reply: oneshot::Sender<Result<()>> },
+    Resume { record: Box<Record>, ended: Observed, reply: oneshot::Sender<Result<()>> },
     Get { id: VmId, reply: oneshot::Sender<Option<VmHandle>> },
     List { reply: oneshot::Sender<Vec<HostVm>> },
 }
@@ -56,6 +57,11 @@ impl Registry {
     /// `claim`: what the VM goes on from, where that is not a substrate.
     pub(crate) async fn launch(&self, launch: Launch, claim: Option<Claim>) -> Result<()> {
         self.ask(|reply| Ask::Launch { launch: Box::new(launch), claim, reply }).await?
+    }
+
+    /// Takes up a VM whose directory was just made, and that has no process.
+    pub(crate) async fn resume(&self, record: Record, ended: Observed) -> Result<()> {
+        self.ask(|reply| Ask::Resume { record: Box::new(record), ended, reply }).await?
     }
 
     pub(crate) async fn get(&self, id: VmId) -> Result<VmHandle> {
@@ -98,6 +104,12 @@ async fn own(
                     }
                 };
                 drop(reply.send(outcome));
+            }
+            Ask::Resume { record, ended, reply } => {
+                let (id, directory) = (record.launch.id, context.layout.vm(record.launch.id));
+                let resume = || vm::resume(context.clone(), directory, *record, Err(ended), changes.clone());
+                vms.entry(id).or_insert_with(resume);
+                drop(reply.send(Ok(())));
             }
             Ask::Get { id, reply } => drop(reply.send(vms.get(&id).cloned())),
             Ask::List { reply } => {

@@ -30,8 +30,9 @@ use crate::{
     record::Record,
     registry::Registry,
     session::Attachment,
-    snapshots,
+    shares, snapshots,
     start::Context,
+    take_in,
     vm::{Command, Hold, VmHandle},
 };
 
@@ -208,6 +209,18 @@ impl Connection {
                 reply(stream, &Reply::Done).await
             }
             Request::Standbys => reply(stream, &Reply::Standbys(self.context.standbys.all())).await,
+            Request::Shares { substrate, vms } => {
+                let shares = shares::of(&self.context, &self.registry, substrate, &vms).await?;
+                reply(stream, &Reply::Shares(shares)).await
+            }
+            Request::LayOut { vm, directory } => {
+                let laid_out = take_in::lay_out(&self.context, &self.registry, vm, directory).await?;
+                reply(stream, &Reply::LaidOut(laid_out)).await
+            }
+            Request::TakeIn(request) => {
+                take_in::take_in(&self.context, &self.registry, *request).await?;
+                reply(stream, &Reply::Done).await
+            }
             Request::Park { vm } => {
                 self.park(vm).await?;
                 reply(stream, &Reply::Done).await

@@ -340,6 +340,13 @@ impl Standbys {
         self.of().iter().filter(|(_, known)| known.seed.is_none()).map(view).collect()
     }
 
+    /// The processes of those that wait for VMs of a substrate.
+    pub(crate) fn processes(&self, substrate: VmId) -> Vec<Identity> {
+        let of = self.of();
+        let waiting = of.get(&substrate).map(|known| known.waiting.as_slice()).unwrap_or_default();
+        waiting.iter().map(|standby| standby.guard.process.identity.clone()).collect()
+    }
+
     /// One for a VM, if there is one. `disks`: those that its source has now.
     pub(crate) fn claim(&self, source: VmId, launch: &Launch, from: &From, disks: &Shape) -> Option<Standby> {
         let mut unfit = Vec::new();

@@ -31,7 +31,7 @@ use burgeon_api::{
     host::{Launch, StopMode},
     image::Boot,
     substrate::Docked,
-    vm::{Accelerator, HostVm, Observed},
+    vm::{HostVm, Observed},
 };
 use burgeon_guest::{client::AgentClient, protocol::StopHow};
 use burgeon_qemu::{
@@ -183,26 +183,7 @@ pub(crate) fn launch(
 ) -> Result<VmHandle> {
     let directory = context.layout.vm(launch.id);
     std::fs::create_dir_all(&directory).map_err(|error| Error::io("create the VM's directory", &error))?;
-    let record = Record {
-        format: crate::record::FORMAT,
-        launch,
-        accelerator: Accelerator::Tcg,
-        host_boot_id: burgeon_qemu::process::host_boot_id(),
-        process: None,
-        user: None,
-        limits: Vec::new(),
-        adoptions: 0,
-        starts: 0,
-        receipt: None,
-        awaits_receipt: false,
-        awaits_provisions: false,
-        docked: None,
-        rolling_back: None,
-        standbys: None,
-        frozen: false,
-        paused: false,
-        ended: None,
-    };
+    let record = Record::new(launch);
     provisions::move_in(&context.layout, &record.launch, &directory)?;
     record.store(&directory)?;
     let observed = Observed::Starting { phase: "queued".into() };

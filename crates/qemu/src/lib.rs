@@ -11,4 +11,5 @@ pub mod nbd;
 pub mod probe;
 pub mod process;
 pub mod qmp;
+pub mod share;
 pub mod state;

@@ -25,6 +25,9 @@ const PIECE: u64 = 256 * PAGE;
 const PART: u64 = 2 << 20;
 const MOST_THREADS: usize = 4;
 
+/// Memories have it in `/proc`.
+pub(crate) const MEMORY_NAME: &str = "burgeon-memory";
+
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 /// A page of a file, or of shared memory: not copied by a write.
@@ -73,6 +76,11 @@ impl Base {
         rustix::fs::fstat(&self.file).map_or(0, |about| u64::try_from(about.st_blocks).unwrap_or(0) * 512)
     }
 
+    /// What it is known by in `/proc`, among the memories that are there.
+    pub fn number(&self) -> Option<u64> {
+        rustix::fs::fstat(&self.file).ok().map(|about| about.st_ino)
+    }
+
     /// Where it holds anything.
     ///
     /// # Errors
@@ -102,7 +110,7 @@ impl Base {
 
 fn memfd(length: u64) -> Result<File> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let file = rustix::fs::memfd_create("burgeon-memory", flags)
+    let file = rustix::fs::memfd_create(MEMORY_NAME, flags)
         .map(File::from)
         .map_err(|error| failed("make a memory")(error.into()))?;
     file.set_len(length).map_err(failed("make a memory"))?;

@@ -16,6 +16,10 @@ pub enum Purpose {
     Pushed,
     /// A VM's disk is stored, and given to who makes an image of it.
     HandedOver,
+    /// A substrate is written to a file.
+    Exported,
+    /// A substrate is read from a file, and not in its place yet.
+    Imported,
 }
 
 impl Purpose {
@@ -24,6 +28,8 @@ impl Purpose {
             Purpose::Served => "served",
             Purpose::Pushed => "pushed",
             Purpose::HandedOver => "handover",
+            Purpose::Exported => "export",
+            Purpose::Imported => "import",
         }
     }
 }

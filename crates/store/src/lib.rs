@@ -1,6 +1,7 @@
 //! Durable things: meta, the catalog of chunks, and the SQL below both.
 #![forbid(unsafe_code)]
 
+pub mod bundle;
 pub mod catalog;
 pub mod chunk;
 pub mod chunk_store;

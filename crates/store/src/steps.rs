@@ -69,12 +69,18 @@ pub enum Step {
     ChunksMoved,
     /// A pack that no catalog was told of is given up.
     PackCondemned,
+    /// All that a substrate's file leads to is stored and held, and there is no substrate.
+    BundleStored,
+    /// All of a substrate that was made elsewhere is in its directory, and its record does not say so.
+    TakenIn,
+    /// The host has it, and meta does not.
+    TakenInByHost,
     /// A cache that no root needs is removed.
     CacheRemoved,
 }
 
 impl Step {
-    pub const ALL: [Step; 32] = [
+    pub const ALL: [Step; 35] = [
         Step::ObjectBeside,
         Step::PackWritten,
         Step::PackKnown,
@@ -106,6 +112,9 @@ impl Step {
         Step::PackJoined,
         Step::ChunksMoved,
         Step::PackCondemned,
+        Step::BundleStored,
+        Step::TakenIn,
+        Step::TakenInByHost,
         Step::CacheRemoved,
     ];
 }

@@ -16,6 +16,8 @@ mod serve;
 mod snapshot;
 mod store;
 mod substrate;
+mod substrate_file;
+mod substrate_stat;
 mod vm;
 
 use std::path::PathBuf;

@@ -28,6 +28,11 @@ pub(super) async fn run(context: &Context, command: SubstrateCommand) -> Result<
         }
         SubstrateCommand::Ls(arguments) => list(context, arguments.quiet).await,
         SubstrateCommand::Show { substrate } => show(context, &substrate).await,
+        SubstrateCommand::Stat { substrate } => super::substrate_stat::stat(context, &substrate).await,
+        SubstrateCommand::Export { substrate, file, force } => {
+            super::substrate_file::export(context, &substrate, &file, force).await
+        }
+        SubstrateCommand::Import { file, name } => super::substrate_file::import(context, &file, name).await,
         SubstrateCommand::Dock { substrate, count, no_wait } => dock(context, &substrate, count.0, !no_wait).await,
         SubstrateCommand::Rm { substrates } => {
             let client = context.client()?;

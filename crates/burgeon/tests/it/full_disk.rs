@@ -1,10 +1,10 @@
-//! A store whose disk becomes full in the middle of an import.
+//! A store whose disk becomes full in the middle of an import, of an image or of a substrate.
 
 use std::{
     fs::{self, File},
     io::Write,
     path::PathBuf,
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
 };
 
 use crate::lab::{Lab, is_running, kill, until};
@@ -26,13 +26,16 @@ fn noise(length: usize) -> Vec<u8> {
     bytes
 }
 
-#[test]
-fn an_import_that_finds_no_room_changes_nothing_and_works_once_there_is_some() {
-    if !Command::new("unshare").args(UNSHARE).arg("true").status().is_ok_and(|status| status.success()) {
+fn has_mounts() -> bool {
+    let has = Command::new("unshare").args(UNSHARE).arg("true").status().is_ok_and(|status| status.success());
+    if !has {
         eprintln!("left out: this machine gives no mounts of its own to a process");
-        return;
     }
-    let lab = Lab::new(&[]);
+    has
+}
+
+/// A server whose store has a small disk.
+fn serve_small(lab: &Lab) -> Child {
     let store = lab.data().join("store");
     fs::create_dir(&store).unwrap();
     let serve = lab.command(&["serve"]);
@@ -45,8 +48,48 @@ fn an_import_that_finds_no_room_changes_nothing_and_works_once_there_is_some() {
         };
     }
     let log = File::create(lab.path("serve.log")).unwrap();
-    let mut server = server.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
+    let server = server.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
     until("the server serves", || lab.data().join("control.sock").exists());
+    server
+}
+
+#[test]
+fn a_substrate_for_which_there_is_no_room_is_not_made() {
+    if !has_mounts() {
+        return;
+    }
+    let source = Lab::new(&["tiny"]);
+    source.run(&["substrate", "create", "base", "--image", "tiny", "-p", "tiny"]).good();
+    let file = source.path("base.substrate");
+    source.run(&["substrate", "export", "base", file.to_str().unwrap()]).good();
+    // More than the store has room for, whatever is on it.
+    assert!(fs::metadata(&file).unwrap().len() > 14 << 20);
+    let lab = Lab::new(&[]);
+    let mut server = serve_small(&lab);
+    for _ in 0..2 {
+        let failed = lab.run(&["substrate", "import", file.to_str().unwrap()]);
+        assert_eq!(failed.code, 1, "{failed:?}");
+        assert!(failed.stderr.contains("No space left") || failed.stderr.contains("is full"), "{failed:?}");
+        assert!(failed.stderr.contains("hint: free some space"), "{failed:?}");
+        assert_eq!(lab.json(&["substrate", "ls"]), serde_json::json!([]));
+        assert_eq!(lab.json(&["image", "ls"]), serde_json::json!([]));
+        assert_eq!(lab.json(&["store", "stat"])["roots"], serde_json::json!({}));
+        assert!(fs::read_dir(lab.data().join("vms")).unwrap().next().is_none());
+    }
+    let checked = lab.json(&["store", "fsck"]);
+    assert!(checked["problems"].as_array().unwrap().is_empty(), "{checked}");
+    kill(server.id(), "INT");
+    server.wait().unwrap();
+}
+
+#[test]
+fn an_import_that_finds_no_room_changes_nothing_and_works_once_there_is_some() {
+    if !has_mounts() {
+        return;
+    }
+    let lab = Lab::new(&[]);
+    let mut server = serve_small(&lab);
+    let store = lab.data().join("store");
     // The file system as the server sees it.
     let inside = PathBuf::from(format!("/proc/{}/root{}", lab.pid("control"), store.display()));
     let filler = inside.join("filler");

@@ -158,10 +158,15 @@ impl Lab {
 
     /// Processes that work below the data directory, and where.
     fn processes_below(&self) -> Vec<(u32, PathBuf)> {
-        let below = fs::canonicalize(self.data()).unwrap_or_else(|_| self.data());
-        let all = processes().into_iter().filter_map(|pid| Some((pid, cwd(pid)?)));
-        all.filter(|(_, cwd)| cwd.starts_with(&below)).collect()
+        processes_in(&self.data())
     }
+}
+
+/// Processes that work below a directory, and where.
+fn processes_in(directory: &Path) -> Vec<(u32, PathBuf)> {
+    let below = fs::canonicalize(directory).unwrap_or_else(|_| directory.to_path_buf());
+    let all = processes().into_iter().filter_map(|pid| Some((pid, cwd(pid)?)));
+    all.filter(|(_, cwd)| cwd.starts_with(&below)).collect()
 }
 
 /// `tcg` unless somebody asks for more: a probe of KVM in every lab would only cost time.
@@ -245,9 +250,11 @@ fn done(output: &Output) -> Done {
 impl Drop for Lab {
     fn drop(&mut self) {
         let data = self.data();
-        let ours = |pid: &u32| command_line(*pid).contains(&format!("--data {} ", data.display()));
+        // A test may have further data directories beside its own.
+        let all = self.directory.path();
+        let ours = |pid: &u32| command_line(*pid).contains(&format!("--data {}/", all.display()));
         let servers: Vec<u32> = processes().into_iter().filter(ours).collect();
-        let below: Vec<u32> = self.processes_below().into_iter().map(|(pid, _)| pid).collect();
+        let below: Vec<u32> = processes_in(all).into_iter().map(|(pid, _)| pid).collect();
         for pid in servers.iter().chain(&below) {
             if send(*pid, "KILL").is_err() {
                 eprintln!("process {pid} had ended by itself");
@@ -258,7 +265,7 @@ impl Drop for Lab {
             eprintln!("--- serve.log\n{log}");
         }
         let begun = Instant::now();
-        while !self.processes_below().is_empty() && begun.elapsed() < Duration::from_secs(10) {
+        while !processes_in(all).is_empty() && begun.elapsed() < Duration::from_secs(10) {
             std::thread::sleep(Duration::from_millis(20));
         }
     }

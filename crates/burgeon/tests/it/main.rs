@@ -26,5 +26,6 @@ mod receipts;
 #[path = "../../../store/tests/it/s3_server.rs"]
 mod s3_server;
 mod snapshots;
+mod substrate_travels;
 mod substrates;
 mod vms;

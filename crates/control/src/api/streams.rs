@@ -39,7 +39,7 @@ pub(super) fn add(routes: &mut Routes) {
     routes.add("post", "/v1/vms/{vm}/display", "The screen, by the VNC protocol", display).kind(UPGRADE);
 }
 
-fn check_upgrade(request: &Request) -> Result<(), Error> {
+pub(super) fn check_upgrade(request: &Request) -> Result<(), Error> {
     let asked = request.headers().get(header::UPGRADE).and_then(|value| value.to_str().ok());
     if asked == Some(UPGRADE) {
         return Ok(());
@@ -47,7 +47,7 @@ fn check_upgrade(request: &Request) -> Result<(), Error> {
     Err(Error::invalid("this route needs the header Upgrade: burgeon-stream"))
 }
 
-fn switching() -> Response {
+pub(super) fn switching() -> Response {
     (StatusCode::SWITCHING_PROTOCOLS, [(header::CONNECTION, "upgrade"), (header::UPGRADE, UPGRADE)]).into_response()
 }
 

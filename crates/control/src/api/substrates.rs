@@ -10,7 +10,9 @@ use burgeon_api::{
     host::Begin,
     life::Life,
     receipt::{KeptReceipt, Receipt},
-    substrate::{ActivateVms, CreateSubstrate, ForkVm, Forked, KeepStandbys, MOST_STANDBYS, SubstrateView},
+    substrate::{
+        ActivateVms, CreateSubstrate, ForkVm, Forked, KeepStandbys, MOST_STANDBYS, SubstrateStat, SubstrateView,
+    },
     vm::{Observed, VmView},
 };
 use burgeon_store::meta::VmRow;
@@ -19,7 +21,7 @@ use tokio::time::{Duration, timeout};
 use super::{Answer, Routes, vms};
 use crate::{
     state::{Shared, now_s},
-    substrates,
+    substrate_stat, substrates,
 };
 
 /// How long it may take until the receipt of a new VM is seen.
@@ -41,6 +43,10 @@ pub(super) fn add(routes: &mut Routes) {
     routes
         .add("get", "/v1/substrates/{substrate}/wait", "Wait until the substrate is docked, or has failed", wait)
         .gives(one.clone());
+    let stat_schema = routes.schema::<SubstrateStat>();
+    routes
+        .add("get", "/v1/substrates/{substrate}/stat", "What a substrate holds in the store and in memory", stat)
+        .gives(stat_schema);
     let keep = routes.schema::<KeepStandbys>();
     routes
         .add("post", "/v1/substrates/{substrate}/standbys", "How many QEMUs wait for VMs of it", keep_standbys)
@@ -104,6 +110,11 @@ async fn show(State(state): State<Shared>, Path(name): Path<String>) -> Answer<J
     Ok(Json(substrates::view(&state, &row, &state.meta.vms().await?, &substrates::standbys(&state).await)))
 }
 
+async fn stat(State(state): State<Shared>, Path(name): Path<String>) -> Answer<Json<SubstrateStat>> {
+    let row = substrates::find(&state, &name).await?;
+    Ok(Json(substrate_stat::stat(&state, row).await?))
+}
+
 async fn keep_standbys(
     State(state): State<Shared>,
     Path(name): Path<String>,
@@ -141,10 +152,9 @@ async fn activate(
     Json(request): Json<ActivateVms>,
 ) -> Answer<Json<Vec<VmView>>> {
     let source = substrates::find(&state, &name).await?;
-    let view = substrates::view(&state, &source, &[], &Vec::new());
-    if view.observed != Observed::Docked {
-        let (state, detail) = (view.observed.name(), view.observed.detail());
-        return Err(Error::conflict(format!("substrate {} is not docked: it is {state} {detail}", view.name)).into());
+    let observed = state.view(source.clone()).observed;
+    if observed != Observed::Docked {
+        return Err(substrates::not_docked(&source.name, &observed).into());
     }
     let image = state.host.image_of(source.id).await?;
     let life = Life::default().set(&request.life, now_s());

@@ -20,7 +20,7 @@ use std::{
 };
 
 pub(crate) use attached::Attached;
-use burgeon_api::{Error, ErrorKind, Result, VmId, disk::ROOT, host::Launch, store::Problem};
+use burgeon_api::{Error, ErrorKind, Result, VmId, bundle::BundledDisk, disk::ROOT, host::Launch, store::Problem};
 use burgeon_qemu::{
     command::{file, socket_name},
     nbd::{Export, Owner, Server},
@@ -333,6 +333,20 @@ impl Disks {
             let _it_was_empty = fs::remove_dir_all(&directory);
         }
         made
+    }
+
+    /// Makes the disks of a VM above maps that somebody keeps, and keeps its memory.
+    pub(crate) fn take_in(&self, id: VmId, disks: &[BundledDisk], memory: ChunkId) -> Result<()> {
+        let mut attached = Vec::new();
+        for disk in disks {
+            let map = disk.map.as_deref().map(str::parse).transpose()?;
+            self.create_above(&(id, disk.name.clone()), disk.size, map)?;
+            attached.extend(disk.port.map(|port| Attached { disk: disk.name.clone(), port }));
+        }
+        if !attached.is_empty() {
+            attached::store(&self.of_vm(id), attached)?;
+        }
+        self.keep(&(id, MEMORY.to_string()), memory)
     }
 
     /// Serves a VM's disks that are there, as far as that is not done already.

@@ -27,7 +27,7 @@ pub use diff::diff;
 pub use edit::Edit;
 pub use node::{Extent, MOST_EXTENTS, Node, Root};
 pub use reader::MapReader;
-pub use walk::chunks;
+pub use walk::{all_chunks, chunks};
 
 use crate::ids::ChunkId;
 

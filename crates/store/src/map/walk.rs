@@ -1,5 +1,7 @@
 //! All chunks that a map refers to.
 
+use std::collections::HashSet;
+
 use burgeon_api::Result;
 
 use super::{Load, Map, Node, Subtree, node};
@@ -21,6 +23,26 @@ pub fn chunks(
         walk(nodes, Map::open(nodes, root)?.top(), visit)?;
     }
     Ok(())
+}
+
+/// Every chunk below the roots once, in the order of the address spaces: what is read together lies together.
+///
+/// # Errors
+/// As [`chunks`].
+pub fn all_chunks(nodes: &(impl Load + ?Sized), roots: &[ChunkId]) -> Result<Vec<(Kind, ChunkId)>> {
+    let mut seen = HashSet::new();
+    let mut all = Vec::new();
+    for root in roots {
+        chunks(nodes, *root, &mut |kind, id| {
+            // Data may have the bytes of a node, whose children would be missed.
+            let new = seen.insert(id);
+            if new {
+                all.push((kind, id));
+            }
+            Ok(true)
+        })?;
+    }
+    Ok(all)
 }
 
 fn walk(

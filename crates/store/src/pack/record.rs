@@ -37,7 +37,7 @@ impl RecordHeader {
     ///
     /// # Errors
     /// `Invalid` for one that is longer as stored than a chunk may be.
-    pub(super) fn of(kind: Kind, encoded: &Encoded) -> Result<RecordHeader> {
+    pub(crate) fn of(kind: Kind, encoded: &Encoded) -> Result<RecordHeader> {
         let stored = u32::try_from(encoded.stored.len()).unwrap_or(u32::MAX);
         let header = RecordHeader { id: encoded.id, kind, codec: encoded.codec, length: encoded.length, stored };
         header.check().map_err(|why| Error::invalid(format!("{:?}: {why}", encoded.id)))?;
@@ -100,7 +100,7 @@ impl RecordHeader {
         }
     }
 
-    pub(super) fn read(&self, stored: &[u8]) -> Result<Record> {
+    pub(crate) fn read(&self, stored: &[u8]) -> Result<Record> {
         let declared = Declared { id: self.id, codec: self.codec, length: self.length };
         Ok(Record { id: self.id, kind: self.kind, plain: chunk::decode(&declared, stored)? })
     }

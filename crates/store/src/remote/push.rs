@@ -1,6 +1,6 @@
 //! A copy of an image to a remote: only chunks that no pack known there holds, then the manifest, then `latest.json`.
 
-use std::{collections::HashSet, fs::File, io::BufReader, path::Path, sync::Arc};
+use std::{collections::HashSet, path::Path, sync::Arc};
 
 use burgeon_api::{Error, ErrorKind, Result, image::Image};
 
@@ -13,9 +13,9 @@ use super::{
 };
 use crate::{
     ChunkId, PackId,
+    bundle::hold_file,
     chunk::Kind,
-    chunk_store::{ChunkStore, Watch, Writer, ingest, object_name},
-    cut::Cutter,
+    chunk_store::{ChunkStore, Watch, object_name},
     hold::{Hold, Purpose},
     map,
     pack::{PACK_BYTES_REMOTE, PackWriter},
@@ -71,13 +71,13 @@ pub fn push(
     for name in [Image::KERNEL, Image::INITRAMFS] {
         let path = directory.join(name);
         if path.exists() {
-            let (file, kept) = keep_file(store, &path, name, format!("{hold}/{name}"))?;
+            let (length, kept) = hold_file(store, Purpose::Pushed, &path, format!("{hold}/{name}"))?;
+            files.push(StoredFile { name: name.into(), length, map: kept.map().to_string() });
             roots.push(kept.map());
             holds.push(kept);
-            files.push(file);
         }
     }
-    let chunks = all_chunks(store, &roots)?;
+    let chunks = map::all_chunks(&**store, &roots)?;
     let mut index = Index::default();
     let packs = known_packs(remote, image)?;
     index.add(remote, &packs, watch)?;
@@ -126,35 +126,6 @@ enum Existing {
 fn covers(there: &Manifest, new: &Manifest) -> bool {
     let packs: HashSet<&StoredPack> = there.packs.iter().collect();
     there.image.map == new.image.map && there.files == new.files && new.packs.iter().all(|pack| packs.contains(pack))
-}
-
-/// Stores a file as chunks, for as long as the hold lives.
-fn keep_file(store: &Arc<ChunkStore>, path: &Path, name: &str, hold: String) -> Result<(StoredFile, Hold)> {
-    let file = File::open(path).map_err(|error| Error::io(format!("read {}", path.display()), &error))?;
-    let mut writer = Writer::new(store);
-    let reader = BufReader::with_capacity(1 << 20, file);
-    let ingested = ingest(store, &mut writer, reader, Cutter::FastCdc16K, None, &mut |_| {})?;
-    let root = Hold::root(store, Purpose::Pushed, hold, ingested.map.root());
-    writer.finish(root.clone())?;
-    let stored = StoredFile { name: name.into(), length: ingested.bytes, map: root.map.to_string() };
-    Ok((stored, Hold::of(store, Purpose::Pushed, &root)))
-}
-
-/// Every chunk below the roots once, in the order of the address spaces: what is read together lies together.
-fn all_chunks(store: &ChunkStore, roots: &[ChunkId]) -> Result<Vec<(Kind, ChunkId)>> {
-    let mut seen = HashSet::new();
-    let mut chunks = Vec::new();
-    for root in roots {
-        map::chunks(store, *root, &mut |kind, id| {
-            // Data may have the bytes of a node, whose children would be missed.
-            let new = seen.insert(id);
-            if new {
-                chunks.push((kind, id));
-            }
-            Ok(true)
-        })?;
-    }
-    Ok(chunks)
 }
 
 /// The packs that manifests name: all versions of this image, and of each other one the latest.

@@ -37,7 +37,7 @@ const COLLECT: [Step; 8] = [
 ];
 
 /// Those that the tests of the whole product die at.
-const ELSEWHERE: [Step; 24] = [
+const ELSEWHERE: [Step; 27] = [
     Step::Captured,
     Step::StateKept,
     Step::StateRecorded,
@@ -47,6 +47,9 @@ const ELSEWHERE: [Step; 24] = [
     Step::Loaded,
     Step::Identified,
     Step::Thawed,
+    Step::BundleStored,
+    Step::TakenIn,
+    Step::TakenInByHost,
     Step::SnapshotCaptured,
     Step::SnapshotKept,
     Step::RollbackWanted,
