@@ -6,14 +6,14 @@
 //! savepoints. For this, and because a lost connection or a serialization failure repeats a group, a request's body may
 //! run more than once; it changes nothing but the database.
 
-use std::{thread, time::Duration};
+use std::{sync::Arc, thread, time::Duration};
 
 use burgeon_api::{Error, Result};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
     Address, Component, Connection,
-    connection::{Trouble, on_thread},
+    connection::{Ended, Trouble, on_thread},
 };
 
 /// Requests committed together at most.
@@ -69,6 +69,8 @@ impl<T: Send, Body: FnMut(&mut Connection) -> Result<T> + Send> Request for Aske
 #[derive(Clone)]
 pub struct Committer {
     requests: mpsc::Sender<Box<dyn Request>>,
+    // Behind the sender, so that the thread ends before this waits for that.
+    _ended: Arc<Ended>,
 }
 
 impl std::fmt::Debug for Committer {
@@ -85,10 +87,10 @@ impl Committer {
         prepare: impl FnOnce(&mut Connection, &Address) -> Result<()> + Send + 'static,
     ) -> Result<Committer> {
         let (requests, receiver) = mpsc::channel(MOST_WAITING);
-        on_thread(component.name.into(), address, component, true, prepare, move |connection| {
+        let ended = on_thread(component.name.into(), address, component, true, prepare, move |connection| {
             commit_loop(connection, receiver);
         })?;
-        Ok(Committer { requests })
+        Ok(Committer { requests, _ended: Arc::new(ended) })
     }
 
     /// Runs a request and waits until it is on the disk.

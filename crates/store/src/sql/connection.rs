@@ -271,8 +271,9 @@ pub(super) fn on_thread(
     writes: bool,
     prepare: impl FnOnce(&mut Connection, &Address) -> Result<()> + Send + 'static,
     work: impl FnOnce(Connection) + Send + 'static,
-) -> Result<()> {
+) -> Result<Ended> {
     let (ready, opened) = mpsc::channel();
+    let of_file = address.clone();
     let address = address.clone();
     let body = move || {
         let connection = Connection::open(&address, component, writes)
@@ -285,8 +286,24 @@ pub(super) fn on_thread(
             Err(error) => drop(ready.send(Err(error))),
         }
     };
-    thread::Builder::new().name(name).spawn(body).map_err(|error| Error::io("start a database thread", &error))?;
-    opened.recv().map_err(|_| Error::internal("a database thread ended at its start"))?
+    let thread =
+        thread::Builder::new().name(name).spawn(body).map_err(|error| Error::io("start a database thread", &error))?;
+    let ended = Ended(matches!(of_file, Address::Sqlite(_)).then_some(thread));
+    opened.recv().map_err(|_| Error::internal("a database thread ended at its start"))?.map(|()| ended)
+}
+
+/// Dropped after the last who asks a thread that has a file open, it waits until that has closed the file: SQLite removes a
+/// file's log by its name then, and whoever opens the file next may have made one already. A server's connections are left
+/// to themselves.
+#[derive(Debug)]
+pub(super) struct Ended(Option<thread::JoinHandle<()>>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        if let Some(thread) = self.0.take().filter(|thread| thread.thread().id() != thread::current().id()) {
+            let _it_has_told_whoever_asked = thread.join();
+        }
+    }
 }
 
 /// Whether a database can be reached and read. Blocks.
@@ -305,7 +322,7 @@ pub(crate) fn check(address: &Address) -> Result<()> {
         readers: 1,
     };
     let read = |connection: &mut Connection, _: &Address| connection.query("SELECT 1", &[]).map(drop);
-    on_thread("check".into(), address, &NOTHING, false, read, drop)
+    on_thread("check".into(), address, &NOTHING, false, read, drop).map(drop)
 }
 
 fn gone() -> Fault {

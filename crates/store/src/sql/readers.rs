@@ -2,13 +2,15 @@
 //!
 //! Each read sees one state of the database: everything that was answered before it was asked.
 
+use std::sync::Arc;
+
 use burgeon_api::{Error, Result};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
     Address, Component, Connection,
     committer::closed,
-    connection::{Trouble, on_thread},
+    connection::{Ended, Trouble, on_thread},
 };
 
 type Read = Box<dyn FnOnce(&mut Connection) + Send>;
@@ -22,6 +24,8 @@ const MOST_REPEATS: u32 = 5;
 #[derive(Clone, Debug)]
 pub(super) struct Readers {
     threads: Vec<mpsc::Sender<Read>>,
+    // Behind the senders, so that the threads end before this waits for that.
+    _ended: Arc<Vec<Ended>>,
 }
 
 impl Readers {
@@ -29,7 +33,7 @@ impl Readers {
         let start = |_| {
             let (reads, mut receiver) = mpsc::channel::<Read>(MOST_WAITING);
             let name = format!("{} reads", component.name);
-            on_thread(
+            let ended = on_thread(
                 name,
                 address,
                 component,
@@ -41,9 +45,11 @@ impl Readers {
                     }
                 },
             )?;
-            Ok(reads)
+            Ok((reads, ended))
         };
-        Ok(Readers { threads: (0..component.readers.max(1)).map(start).collect::<Result<_>>()? })
+        let started: Vec<_> = (0..component.readers.max(1)).map(start).collect::<Result<_>>()?;
+        let (threads, ended): (Vec<_>, Vec<_>) = started.into_iter().unzip();
+        Ok(Readers { threads, _ended: Arc::new(ended) })
     }
 
     /// The connection with the fewest waiting reads.
