@@ -192,7 +192,7 @@ impl Build<'_> {
             kernel_release: kernel.release.clone(),
             disk: self.recipe.size.filter(|_| self.recipe.kind == Kind::Disk),
             map: None,
-            modules: selection.early.iter().chain(&selection.root).cloned().collect(),
+            modules: selection.early.iter().chain(&selection.root).chain(&selection.growth).cloned().collect(),
             kernel_parameters: self.recipe.kernel_parameters.clone(),
             init: if stays { String::new() } else { self.recipe.init.clone() },
             created_s: 0,
