@@ -152,7 +152,7 @@ pub(crate) async fn bring_up(
     let launch = &record.launch;
     // Children of one fork come up together, or its source would stand and wait for the last of them.
     let slot = if claim.waiting.is_some() { None } else { context.activation_slots.acquire().await.ok() };
-    let room = context.room.take(launch.profile.memory)?;
+    let room = context.room.take(launch.resize.memory.unwrap_or(launch.profile.memory))?;
     let busy = context.standbys.busy();
     let own = claim.source == launch.id;
     let from = match (&*claim.frozen.borrow(), &claim.waiting) {

@@ -3,7 +3,7 @@
 //! ```text
 //! checked -> written down -> memory asked for -> [the guest takes it, or gives it back] -> CPUs -> told
 //! ```
-//! What its record says the VM shall have: a host process that finds it asks for the memory again, and it boots with both.
+//! What its record says the VM shall have: a host process that finds it asks for that again, and it boots with that.
 //! One that goes on from a captured state has what that says.
 
 use std::{future::Future, time::Duration};
@@ -21,6 +21,7 @@ use burgeon_qemu::{
     growth::{self, Growth},
     qmp::Qmp,
 };
+use burgeon_store::steps::{Step, reached};
 use tokio::time::{Instant, sleep};
 
 use crate::{plug::Gate, record::Record, start::Context, vm::is_paused};
@@ -28,7 +29,7 @@ use crate::{plug::Gate, record::Record, start::Context, vm::is_paused};
 /// The agents from this revision on change which CPUs they use.
 const REVISION: u16 = 4;
 /// How long a guest may take to its next piece of memory, until it is left with what it has.
-const STEP: Duration = Duration::from_secs(5);
+const NEARER: Duration = Duration::from_secs(5);
 /// And for all of it.
 const ALL: Duration = Duration::from_secs(60);
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
@@ -89,13 +90,21 @@ fn knows_cpus(agent: &AgentClient) -> bool {
     agent.hello().is_some_and(|about| about.revision() >= REVISION)
 }
 
-/// Asks for the memory that the record says: it may have been written down and not asked for.
-pub(crate) async fn ask_again(qmp: &Qmp, record: &Record) -> Result<()> {
-    match record.size {
-        Some(size) if growth_length(&record.launch.profile) > 0 => {
-            growth::ask(qmp, beyond(&record.launch.profile, size)).await
+/// Asks for what the record says: it may have been written down and not asked for. A guest that does not do it stays as it is.
+pub(crate) async fn ask_again(qmp: &Qmp, agent: Option<&AgentClient>, record: &Record) {
+    let Some(size) = record.size else { return };
+    let profile = &record.launch.profile;
+    let asked = async {
+        if growth_length(profile) > 0 {
+            growth::ask(qmp, beyond(profile, size)).await?;
         }
-        _ => Ok(()),
+        if let Some(agent) = agent.filter(|agent| profile.max_cpus.is_some() && knows_cpus(agent)) {
+            agent.clone().with_deadline(CPUS).cpus(Some(size.cpus)).await?;
+        }
+        Ok::<_, Error>(())
+    };
+    if let Err(error) = asked.await {
+        tracing::warn!(vm = %record.launch.name, %error, "it does not get the size that it shall have");
     }
 }
 
@@ -153,7 +162,7 @@ async fn change(qmp: &Qmp, agent: Option<&AgentClient>, launch: &Launch, shall: 
 /// Waits until the guest has so much, or has not come nearer for a while.
 async fn settle(qmp: &Qmp, wish: ByteSize) -> Result<()> {
     let all = Instant::now() + ALL;
-    let (mut seen, mut until) = (None, Instant::now() + STEP);
+    let (mut seen, mut until) = (None, Instant::now() + NEARER);
     loop {
         let has = growth::look(qmp).await?.has;
         let now = Instant::now();
@@ -161,7 +170,7 @@ async fn settle(qmp: &Qmp, wish: ByteSize) -> Result<()> {
             return Ok(());
         }
         if seen != Some(has) {
-            (seen, until) = (Some(has), now + STEP);
+            (seen, until) = (Some(has), now + NEARER);
         }
         sleep(LOOK_AGAIN).await;
     }
@@ -201,6 +210,7 @@ impl Gate {
         let more = shall.memory.0.saturating_sub(self.record.size().memory.0);
         let _room = if more > 0 { Some(context.room.take(ByteSize(more))?) } else { None };
         tell(Change::Shall(shall)).await?;
+        reached(Step::SizeWritten);
         let has = change(monitor, self.agent.as_ref(), launch, shall, resize).await?;
         tell(Change::Has(has)).await?;
         if has.memory != shall.memory {

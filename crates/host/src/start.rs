@@ -492,9 +492,8 @@ pub(crate) async fn adopt(context: &Context, directory: &Path, record: &Record, 
         Err(_) => None,
     };
     let mut up = Up::without_guest(process, qmp, console, launch);
-    resize::ask_again(&up.qmp, record).await?;
     if record.paused {
-        // Its agent is met when it is resumed.
+        // Its agent is met when it is resumed. Nobody changes its size meanwhile.
         up.measure = Measure::of_paused(&up.qmp, record).await?;
         burgeon_qemu::state::pause(&up.qmp).await?;
         fork::capture_is_over(directory);
@@ -519,6 +518,7 @@ pub(crate) async fn adopt(context: &Context, directory: &Path, record: &Record, 
         up.agent = Some(agent);
         up.guest = Some(guest);
     }
+    resize::ask_again(&up.qmp, up.agent.as_ref(), record).await;
     up.measure = Measure::take(&up.qmp, up.agent.as_ref(), launch).await?;
     Ok(up)
 }

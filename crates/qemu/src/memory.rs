@@ -128,9 +128,14 @@ fn memfd(length: u64) -> Result<File> {
 }
 
 fn fill(file: &File, at: u64, bytes: &[u8]) -> io::Result<()> {
+    without_zeros(at, bytes, |at, bytes| file.write_all_at(bytes, at))
+}
+
+/// Writes the pages that hold anything.
+fn without_zeros(at: u64, bytes: &[u8], write: impl Fn(u64, &[u8]) -> io::Result<()>) -> io::Result<()> {
     for run in runs(bytes.chunks(PAGE_BYTES).map(|page| page.iter().any(|byte| *byte != 0))) {
         let part = |at: u64| usize::try_from(at).unwrap_or(usize::MAX).min(bytes.len());
-        file.write_all_at(&bytes[part(run.start)..part(run.end)], at + run.start)?;
+        write(at + run.start, &bytes[part(run.start)..part(run.end)])?;
     }
     Ok(())
 }
@@ -329,12 +334,15 @@ impl Guest {
         copy_all(pages, |at, buffer| self.read(at, buffer), write)
     }
 
-    /// Copies pages over a memory that may hold others, zeros and all.
+    /// Copies pages over a memory that may hold others of the first block, zeros and all. Behind that it holds zeros.
     ///
     /// # Errors
     /// The system's.
     pub fn overwrite(&self, pages: &[Range<u64>], base: &Base) -> Result<()> {
-        let write = |at: u64, bytes: &[u8]| base.file.write_all_at(bytes, at);
+        let write = |at: u64, bytes: &[u8]| match at < self.main.length {
+            true => base.file.write_all_at(bytes, at),
+            false => fill(&base.file, at, bytes),
+        };
         copy_all(pages, |at, buffer| self.read(at, buffer), write)
     }
 
@@ -352,15 +360,10 @@ impl Guest {
     /// # Errors
     /// The system's.
     pub fn own(&self, pages: &[Range<u64>], base: &Base) -> Result<()> {
-        // Where no base is mapped there are zeros, whatever another guest had there.
-        let read = |at: u64, buffer: &mut [u8]| match at < self.main.length {
-            true => base.file.read_exact_at(buffer, at),
-            false => {
-                buffer.fill(0);
-                Ok(())
-            }
-        };
-        copy_all(pages, read, |at, bytes| self.write(at, bytes))
+        // Where no base is mapped there are zeros, and they stay zeros where the other guest has no more than that.
+        let pages = within(pages.to_vec(), &(0..self.main.length));
+        let read = |at: u64, buffer: &mut [u8]| base.file.read_exact_at(buffer, at);
+        copy_all(&pages, read, |at, bytes| self.write(at, bytes))
     }
 
     /// Puts into a guest that has not run yet what it lacks of the memory it is to go on with: what another one has written
@@ -379,7 +382,12 @@ impl Guest {
             (None, None) => return Ok(()),
         };
         let read = |at: u64, buffer: &mut [u8]| from.file.read_exact_at(buffer, at);
-        copy_all(&pages, read, |at, bytes| self.write(at, bytes))
+        // A guest that clears what it is given has much of it that holds nothing.
+        let write = |at: u64, bytes: &[u8]| match at < self.main.length {
+            true => self.write(at, bytes),
+            false => without_zeros(at, bytes, |at, bytes| self.write(at, bytes)),
+        };
+        copy_all(&pages, read, write)
     }
 }
 
@@ -581,7 +589,7 @@ mod tests {
         let ends = |pages: &[Range<u64>]| (pages[0].clone(), pages[1].clone());
         assert_eq!(ends(&guest.pages(Scope::All).unwrap()), (0..8 * PAGE, 8 * PAGE..9 * PAGE));
         let written = guest.capture(pages.clone(), Base::empty(2 * length).unwrap()).unwrap();
-        // A guest that waits for a fork has zeros there until it gets what the other one has written.
+        // A guest that waits for a fork owns nothing there until it gets what the other one has written.
         open(child).own(&pages, &base).unwrap();
         assert_eq!((*byte(child.1, 0), *byte(child.1, 2)), (0, 0));
         open(child).complete(&base, Some(&written)).unwrap();

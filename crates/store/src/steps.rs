@@ -29,6 +29,8 @@ pub enum Step {
     ImagePublished,
     /// A page of chunks is deleted.
     ChunksSwept,
+    /// A VM's record says what size it shall have, and neither QEMU nor the guest knows.
+    SizeWritten,
     /// A VM's instant is captured, it goes on, and nothing names what was captured.
     SnapshotCaptured,
     /// All of a snapshot is kept, and it is not in its place.

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use burgeon_store::steps::Step;
 use serde_json::Value;
 
 use crate::lab::{Lab, kill, until};
@@ -89,6 +90,13 @@ fn a_vm_grows_and_its_forks_have_what_it_has() {
     lab.run(&["fork", "b", "--name", "d"]).good();
     assert_eq!((lab.said("d", SUM), lab.size("d")), (of_b.clone(), size("300M", 3)));
 
+    // What was written down is done, though the host process dies before it asks for it.
+    lab.die_at(Step::SizeWritten);
+    let done = lab.run(&["vm", "set", "c", "--memory", "320M", "--cpus", "2"]);
+    assert!(!lab.has_yet_to_die() && done.code == 1, "{done:?}");
+    until("c has that", || lab.size("c") == size("320M", 2));
+    assert_eq!((lab.said("c", SUM), lab.said("c", "nproc")), (sum, "2".into()));
+
     // It gives back what it does not use. A snapshot has the size that the VM had.
     lab.said("b", "rm /mnt/much");
     let done = lab.run(&["vm", "set", "b", "--memory", "128M", "--cpus", "1"]).good();
@@ -146,7 +154,21 @@ fn vms_of_one_substrate_differ_in_size() {
     for vm in ["copy-1", "copy-2"] {
         assert_eq!((lab.said(vm, "cat /tmp/note"), lab.said(vm, SUM)), ("warm".into(), sum.clone()));
     }
-    lab.run(&["vm", "rm", "copy-1", "copy-2", "small", "large", "other"]).good();
+
+    // QEMUs that wait for forks of one that has grown get what it has then.
+    lab.run(&["vm", "set", "small", "--memory", "160M"]).good();
+    lab.said("small", "mount -t tmpfs none /mnt && head -c 3000000 /dev/urandom > /mnt/much");
+    lab.run(&["fork", "small", "--name", "first"]).good();
+    lab.said("small", "head -c 3000000 /dev/urandom > /mnt/much");
+    let sum = lab.said("small", SUM);
+    until("a fork takes one that waits", || {
+        lab.run(&["fork", "small", "--name", "second"]).good();
+        let claimed = lab.json(&["vm", "show", "second"])["on_host"]["start_times"][1]["phase"] == "claim";
+        claimed || lab.run(&["vm", "rm", "second"]).code != 0
+    });
+    assert_eq!((lab.said("second", SUM), lab.size("second")), (sum.clone(), size("160M", 1)));
+    assert!(lab.said("first", SUM) != sum);
+    lab.run(&["vm", "rm", "copy-1", "copy-2", "small", "large", "other", "first", "second"]).good();
     lab.run(&["substrate", "rm", "base"]).good();
     until("no QEMU is left", || lab.qemus().is_empty() && lab.standbys().is_empty());
 }
