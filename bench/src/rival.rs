@@ -16,7 +16,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use burgeon_qemu::{
-    memory::{Base, Guest, Scope},
+    memory::{Base, Block, Guest, Scope},
     process::identity_of,
     qmp::Qmp,
     state::{self, Devices},
@@ -175,7 +175,8 @@ impl Machine {
             saving.end(&qmp).await
         })?;
         let process = identity_of(running.child.id()).context("QEMU has ended")?;
-        let guest = Guest::open(&process, wait.block_on(state::memory_address(&qmp))?, length)?;
+        let address = wait.block_on(state::memory_address(&qmp, 0))?;
+        let guest = Guest::open(&process, Block { address, length }, None)?;
         let base = Base::empty(length)?;
         guest.fill(&guest.pages(Scope::Written)?, &base)?;
         base.seal()?;

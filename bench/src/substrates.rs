@@ -11,7 +11,7 @@ use burgeon_api::{
     profile::Profile,
     provisions::Provisions,
     substrate::{ActivateVms, CreateSubstrate, ForkVm, Forked, Keep, KeepStandbys, Recipe, SubstrateView},
-    vm::{Accelerator, Observed, VmView},
+    vm::{Accelerator, Observed, Resize, VmView},
 };
 use serde_json::json;
 
@@ -58,7 +58,8 @@ fn substrate(workspace: &Workspace) -> Result<(Client, SubstrateView)> {
 fn vms(workspace: &Workspace, client: &Client, count: usize) -> Result<Vec<Vm>> {
     let ids: Vec<VmId> = (0..count).map(|_| VmId::generate()).collect();
     let (life, keep) = (burgeon_api::life::SetLife::default(), Keep::default());
-    let request = ActivateVms { ids: ids.clone(), names: Vec::new(), life, keep, provisions: Provisions::default() };
+    let (names, provisions, resize) = (Vec::new(), Provisions::default(), Resize::default());
+    let request = ActivateVms { ids: ids.clone(), names, life, keep, resize, provisions };
     client.post::<Vec<VmView>>(&format!("/v1/substrates/{NAME}/vms"), &request)?;
     let running = |id: &VmId| product::running(workspace, client.clone(), wait(client, *id)?);
     ids.iter().map(running).collect()

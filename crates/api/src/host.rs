@@ -18,7 +18,7 @@ use crate::{
     provisions::Provisions,
     snapshot::VmSnapshot,
     substrate::{Docked, Forked, Keep, Recipe, Shares, Standbys},
-    vm::{Figures, HostVm},
+    vm::{Figures, HostVm, Resize, Resized},
 };
 
 /// The version of this protocol. The host refuses any other by name.
@@ -47,6 +47,9 @@ pub struct Launch {
     /// Where it goes on from another VM's memory.
     #[serde(default)]
     pub keep: Keep,
+    /// And what it shall have then in place of what the other one has.
+    #[serde(default)]
+    pub resize: Resize,
 }
 
 /// How a VM begins.
@@ -286,6 +289,11 @@ pub enum Request {
     Resume {
         vm: VmId,
     },
+    /// Changes how much memory and how many CPUs a VM has; of one that has stopped, from its next start on.
+    Resize {
+        vm: VmId,
+        resize: Resize,
+    },
     /// Makes a substrate of a running VM: warms it up, captures it, keeps that in the store and in memory, and ends its
     /// process.
     Dock {
@@ -390,6 +398,7 @@ pub enum Reply {
     Standbys(Vec<(VmId, Standbys)>),
     Shares(Shares),
     LaidOut(LaidOut),
+    Resized(Resized),
     Snapshot(Box<VmSnapshot>),
     Snapshots(Vec<VmSnapshot>),
     Log {

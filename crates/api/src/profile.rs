@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, Error, Result, login::Login};
+use crate::{ByteSize, Error, Result, login::Login, vm::Size};
 
 /// What a VM's own init does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -33,8 +33,14 @@ pub enum Network {
 pub struct Profile {
     /// Memory of the guest.
     pub memory: ByteSize,
+    /// What its memory may grow to while it runs. Absent: as `memory`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_memory: Option<ByteSize>,
     /// Virtual CPUs.
     pub cpus: u32,
+    /// How many of them it may have while it runs. Absent: as `cpus`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_cpus: Option<u32>,
     /// Size of the root disk, where the image has one. Absent: as large as the image says.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk: Option<ByteSize>,
@@ -54,7 +60,9 @@ impl Default for Profile {
     fn default() -> Self {
         Self {
             memory: ByteSize::mib(512),
+            max_memory: None,
             cpus: 1,
+            max_cpus: None,
             disk: None,
             network: Network::None,
             display: false,
@@ -76,6 +84,10 @@ pub struct Capacity {
 pub const LEAST_MEMORY: ByteSize = ByteSize::mib(96);
 /// What QEMU's q35 machine takes.
 pub const MOST_CPUS: u32 = 255;
+/// A guest takes memory up, and gives it back, in multiples of this.
+pub const MEMORY_STEP: ByteSize = ByteSize::mib(2);
+/// What emulated machines have addresses for, beside their devices.
+pub const MOST_MEMORY: ByteSize = ByteSize::gib(512);
 pub const MOST_DISK: ByteSize = ByteSize::gib(16 << 10);
 
 impl Profile {
@@ -115,6 +127,21 @@ impl Profile {
         })
     }
 
+    /// The most memory that a VM of it has.
+    pub fn most_memory(&self) -> ByteSize {
+        self.max_memory.unwrap_or(self.memory)
+    }
+
+    /// The most CPUs that a VM of it has.
+    pub fn most_cpus(&self) -> u32 {
+        self.max_cpus.unwrap_or(self.cpus)
+    }
+
+    /// What a VM of it begins with.
+    pub fn size(&self) -> Size {
+        Size { memory: self.memory, cpus: self.cpus }
+    }
+
     /// Checks what holds on every machine. The first element of an error is the key at fault.
     ///
     /// # Errors
@@ -129,8 +156,29 @@ impl Profile {
         if !self.memory.0.is_multiple_of(1 << 20) {
             return Err(("memory", Error::invalid(format!("memory {:#} is no whole number of MiB", self.memory))));
         }
+        if let Some(most) = self.max_memory {
+            if most < self.memory || most > MOST_MEMORY {
+                let (least, last) = (self.memory, MOST_MEMORY);
+                return Err((
+                    "max_memory",
+                    Error::invalid(format!("max_memory {most:#} is not between memory {least:#} and {last:#}")),
+                ));
+            }
+            if !(most.0 - self.memory.0).is_multiple_of(MEMORY_STEP.0) {
+                let what =
+                    format!("max_memory {most:#} is not memory {:#} and a multiple of {MEMORY_STEP:#}", self.memory);
+                return Err(("max_memory", Error::invalid(what)));
+            }
+        }
         if self.cpus == 0 || self.cpus > MOST_CPUS {
             return Err(("cpus", Error::invalid(format!("cpus {} is not between 1 and {MOST_CPUS}", self.cpus))));
+        }
+        if let Some(most) = self.max_cpus
+            && !(self.cpus..=MOST_CPUS).contains(&most)
+        {
+            let cpus = self.cpus;
+            let what = format!("max_cpus {most} is not between cpus {cpus} and {MOST_CPUS}");
+            return Err(("max_cpus", Error::invalid(what)));
         }
         if let Some(disk) = self.disk
             && (disk.0 % 512 != 0 || disk.0 == 0 || disk > MOST_DISK)
@@ -160,14 +208,19 @@ impl Profile {
                 Error::refused(format!("memory {} is more than the {} this machine has", self.memory, capacity.memory)),
             ));
         }
-        if self.cpus > capacity.cpus.saturating_mul(8).max(8) {
+        if self.most_memory() > capacity.memory {
+            let most = self.most_memory();
             return Err((
-                "cpus",
-                Error::refused(format!(
-                    "cpus {} is more than eight times the {} this machine has",
-                    self.cpus, capacity.cpus
-                )),
+                "max_memory",
+                Error::refused(format!("max_memory {most} is more than the {} this machine has", capacity.memory)),
             ));
+        }
+        for (key, cpus) in [("cpus", self.cpus), ("max_cpus", self.most_cpus())] {
+            if cpus > capacity.cpus.saturating_mul(8).max(8) {
+                let has = capacity.cpus;
+                let what = format!("{key} {cpus} is more than eight times the {has} this machine has");
+                return Err((key, Error::refused(what)));
+            }
         }
         Ok(())
     }
@@ -190,12 +243,19 @@ mod tests {
         let bad = |profile: Profile| profile.check().unwrap_err().0;
         assert_eq!(bad(Profile { memory: ByteSize::mib(1), ..Profile::default() }), "memory");
         assert_eq!(bad(Profile { memory: ByteSize(ByteSize::gib(1).0 + 1), ..Profile::default() }), "memory");
+        assert_eq!(bad(Profile { max_memory: Some(ByteSize::mib(256)), ..Profile::default() }), "max_memory");
+        assert_eq!(bad(Profile { max_memory: Some(ByteSize::gib(1024)), ..Profile::default() }), "max_memory");
         assert_eq!(bad(Profile { cpus: 0, ..Profile::default() }), "cpus");
         assert_eq!(bad(Profile { disk: Some(ByteSize(100)), ..Profile::default() }), "disk");
+        assert_eq!(bad(Profile { max_memory: Some(ByteSize::mib(513)), ..Profile::default() }), "max_memory");
+        assert_eq!(bad(Profile { cpus: 2, max_cpus: Some(1), ..Profile::default() }), "max_cpus");
         let nobody = Login { user: None, keys: Vec::new() };
         assert_eq!(bad(Profile { login: Some(nobody), ..Profile::default() }), "login");
         let capacity = Capacity { memory: ByteSize::gib(1), cpus: 2 };
         let large = Profile { memory: ByteSize::gib(2), ..Profile::default() };
         assert_eq!(large.check_against(capacity).unwrap_err().0, "memory");
+        let growing = Profile { max_memory: Some(ByteSize::gib(2)), ..Profile::default() };
+        assert!(growing.check().is_ok());
+        assert_eq!(growing.check_against(capacity).unwrap_err().0, "max_memory");
     }
 }

@@ -230,6 +230,9 @@ pub struct ActivateVms {
     pub life: crate::life::SetLife,
     #[serde(default)]
     pub keep: Keep,
+    /// What they shall have in place of what the substrate has.
+    #[serde(default)]
+    pub resize: crate::vm::Resize,
     /// What each of them is given.
     #[serde(default)]
     pub provisions: Provisions,

@@ -108,6 +108,34 @@ pub struct GuestView {
     pub agent_is_init: bool,
 }
 
+/// How much memory and how many CPUs a guest has, or shall have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Size {
+    pub memory: ByteSize,
+    pub cpus: u32,
+}
+
+/// A request to change the size of a VM. What is absent stays as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Resize {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<ByteSize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<u32>,
+}
+
+/// What a change of a VM's size has come to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Resized {
+    /// What the guest has now.
+    #[serde(flatten)]
+    pub size: Size,
+    /// For the user: what was rounded, and what the guest has not done.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
+}
+
 /// Where the time of a start went, in microseconds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct PhaseTime {
@@ -144,6 +172,9 @@ pub struct HostVm {
     /// How many snapshots of it there are.
     #[serde(default)]
     pub snapshots: u32,
+    /// What its guest has now; of one that does not run, what its next start gives it, where that is not its profile's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<Size>,
 }
 
 /// A VM: what is wanted and what is known.

@@ -184,6 +184,8 @@ pub enum VmCommand {
         #[arg(long, requires = "substrate")]
         keep_connections: bool,
         #[command(flatten)]
+        size: SizeArguments,
+        #[command(flatten)]
         provide: ProvideArguments,
         #[command(flatten)]
         life: LifeArguments,
@@ -191,10 +193,12 @@ pub enum VmCommand {
         #[arg(long)]
         no_wait: bool,
     },
-    /// Set when VMs are removed or parked by themselves
+    /// Set how much memory and how many CPUs VMs have, and when they are removed or parked by themselves
     Set {
         #[arg(required = true)]
         vms: Vec<String>,
+        #[command(flatten)]
+        size: SizeArguments,
         #[command(flatten)]
         life: LifeArguments,
     },
@@ -325,6 +329,16 @@ pub enum VmCommand {
     Freeze(VmName),
     /// Let a frozen guest go on
     Thaw(VmName),
+}
+
+#[derive(Clone, Copy, Debug, Args)]
+pub struct SizeArguments {
+    /// So much memory, from what the VM began with to its profile's max_memory
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<ByteSize>,
+    /// So many CPUs, up to its profile's max_cpus
+    #[arg(long, value_name = "N")]
+    pub cpus: Option<u32>,
 }
 
 #[derive(Clone, Copy, Debug, Args)]

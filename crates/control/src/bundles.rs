@@ -15,7 +15,7 @@ use burgeon_api::{
     http::Progress,
     image::{Boot, Image},
     substrate::Keep,
-    vm::Observed,
+    vm::{Observed, Resize},
 };
 use burgeon_store::{
     ChunkId,
@@ -209,6 +209,7 @@ pub(crate) fn import(
         source: None,
         begin: Begin::BootForSubstrate,
         keep: Keep::default(),
+        resize: Resize::default(),
     };
     let request = TakeIn { launch, docked: manifest.docked, disks: manifest.disks, directory: work.text() };
     // Until it has a row it is nobody's, and not to be removed for that.

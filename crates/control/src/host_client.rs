@@ -10,7 +10,7 @@ use burgeon_api::{
     provisions::Provisions,
     snapshot::VmSnapshot,
     substrate::{Forked, Recipe, Shares, Standbys},
-    vm::HostVm,
+    vm::{HostVm, Resize, Resized},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -26,6 +26,8 @@ const SLOW: Duration = Duration::from_secs(150);
 const DOCK: Duration = Duration::from_secs(1800);
 /// All children of a fork.
 const FORK: Duration = Duration::from_secs(300);
+/// All that a guest may take to take memory and CPUs, or to give them back.
+const RESIZE: Duration = Duration::from_secs(240);
 const MOST_REPLY: u32 = 64 << 20;
 
 /// The way to the host process of this machine.
@@ -88,6 +90,14 @@ impl HostClient {
     /// What a VM is given that will be launched.
     pub(crate) async fn provide(&self, vm: VmId, provisions: Provisions) -> Result<()> {
         self.done(Request::Provide { vm, provisions }, QUICK).await
+    }
+
+    /// Changes how much memory and how many CPUs a VM has.
+    pub(crate) async fn resize(&self, vm: VmId, resize: Resize) -> Result<Resized> {
+        match self.ask(Request::Resize { vm, resize }, RESIZE).await? {
+            Reply::Resized(resized) => Ok(resized),
+            other => Err(unexpected(&other)),
+        }
     }
 
     /// Makes a substrate of a running VM.

@@ -195,6 +195,7 @@ impl HostRunner {
         let profile = Profile { memory: job.memory, cpus: job.cpus, init: Init::None, ..Profile::default() };
         let launch = Launch {
             keep: burgeon_api::substrate::Keep::default(),
+            resize: burgeon_api::vm::Resize::default(),
             id,
             name: name.clone(),
             image,

@@ -218,6 +218,7 @@ impl State {
             source: row.source.as_ref().map(|source| source.source.clone()),
             begin,
             keep: row.source.as_ref().map(|source| source.keep).unwrap_or_default(),
+            resize: row.source.as_ref().map(|source| source.resize).unwrap_or_default(),
         })
     }
 

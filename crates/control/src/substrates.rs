@@ -8,9 +8,9 @@ use burgeon_api::{
     image::Image,
     provisions::Provisions,
     substrate::{Child, Docked, ForkVm, Forked, Keep, Standbys, SubstrateView},
-    vm::{Intent, Observed},
+    vm::{Intent, Observed, Resize},
 };
-use burgeon_plan::vm::is_over;
+use burgeon_plan::{size::wanted, vm::is_over};
 use burgeon_store::meta::{CloneSource, VmRow};
 use tokio::time::{Duration, timeout};
 
@@ -227,11 +227,25 @@ pub(crate) fn rows(
         let name = names.get(index).cloned().unwrap_or_else(|| format!("{}-{}", source.name, id.short()));
         let from = Source { vm: source.id, snapshot: snapshot.map(str::to_string) };
         VmRow {
-            source: Some(CloneSource { source: from, image: image.clone(), begin, keep }),
+            source: Some(CloneSource { source: from, image: image.clone(), begin, keep, resize: Resize::default() }),
             ..VmRow::new(*id, name, source.image.clone(), source.profile.clone(), now_s())
         }
     };
     Ok(ids.iter().enumerate().map(row).collect())
+}
+
+/// Has new VMs have another size than what they go on from.
+///
+/// # Errors
+/// `Refused`, for what their profile does not allow.
+pub(crate) fn resize(rows: &mut [VmRow], resize: Resize) -> Result<()> {
+    for row in rows {
+        wanted(&row.name, &row.profile, row.profile.size(), resize)?;
+        if let Some(source) = &mut row.source {
+            source.resize = resize;
+        }
+    }
+    Ok(())
 }
 
 /// Records VMs that are given something: all of them, or none. As [`record`].

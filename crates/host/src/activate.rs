@@ -18,12 +18,12 @@ use burgeon_api::{
     host::{Begin, Launch},
     provisions::Provisions,
     receipt::Receipt,
-    vm::{Accelerator, GuestView},
+    vm::{Accelerator, GuestView, Resize},
 };
 use burgeon_guest::client::AgentClient;
 use burgeon_qemu::{
     command::file,
-    memory::{Base, Guest},
+    memory::Base,
     process::{self, Process, log_tail},
     qmp::Qmp,
     state,
@@ -41,6 +41,7 @@ use crate::{
     plug::blocking,
     prepare, provisions,
     record::Record,
+    resize::{self, Measure},
     snapshots::{self, Snapshot},
     standby::{From, Standby},
     start::{self, Context, MONITOR_DEADLINE, Phases, Step, Up, connect_agent, connect_monitor},
@@ -151,7 +152,7 @@ pub(crate) async fn bring_up(
     let launch = &record.launch;
     // Children of one fork come up together, or its source would stand and wait for the last of them.
     let slot = if claim.waiting.is_some() { None } else { context.activation_slots.acquire().await.ok() };
-    let room = context.room.take(launch.profile.memory)?;
+    let room = context.room.take(launch.resize.memory.unwrap_or(launch.profile.memory))?;
     let busy = context.standbys.busy();
     let own = claim.source == launch.id;
     let from = match (&*claim.frozen.borrow(), &claim.waiting) {
@@ -205,10 +206,10 @@ async fn take_over(
     let until_it_ends = async {
         let console = start::connect_console(directory, Instant::now() + MONITOR_DEADLINE).await?;
         phases.enter("resume");
-        let (receipt, guest) = renew(context, &record, claim, &standby.qmp, &agent, phases).await?;
-        Ok((console, receipt, guest))
+        let renewed = renew(context, &record, claim, &standby.qmp, &agent, phases).await?;
+        Ok((console, renewed))
     };
-    let (console, receipt, guest) = until_ended(&process, directory, until_it_ends).await?;
+    let (console, Renewed { receipt, guest, measure }) = until_ended(&process, directory, until_it_ends).await?;
     standby.guard.armed = false;
     Ok(Up {
         process,
@@ -218,6 +219,7 @@ async fn take_over(
         guest: Some(guest),
         base: Some(claim.base.clone()),
         receipt: Some(receipt),
+        measure,
     })
 }
 
@@ -334,7 +336,7 @@ async fn go_on(
 ) -> Result<Up> {
     let launch = &record.launch;
     let deadline = Instant::now() + MONITOR_DEADLINE;
-    let memory = Guest::open(&process.identity, state::memory_address(&qmp).await?, claim.base.length())?;
+    let memory = state::open_memory(&qmp, &process.identity, &launch.profile).await?;
     if let Some(waiting) = claim.waiting.take() {
         phases.enter("wait");
         let _without_a_listener_no_state_comes = waiting.send(launch.id);
@@ -343,9 +345,7 @@ async fn go_on(
     phases.enter("memory");
     let (disks, of_launch, source, of_frozen) = (context.disks.clone(), launch.clone(), claim.source, frozen.clone());
     blocking(move || {
-        if let Some(written) = &of_frozen.written {
-            memory.apply(written)?;
-        }
+        memory.complete(&of_frozen.base, of_frozen.written.as_ref())?;
         if of_launch.begin == Begin::Substrate && source != of_launch.id {
             disks.clone_all(&of_launch, source)?;
         }
@@ -363,7 +363,7 @@ async fn go_on(
         going_on.store(directory)?;
         phases.tell(Step::Started { record: Box::new(going_on) });
     }
-    let (receipt, guest) = renew(context, record, claim, &qmp, &agent, phases).await?;
+    let Renewed { receipt, guest, measure } = renew(context, record, claim, &qmp, &agent, phases).await?;
     if record.rolling_back.is_some() {
         reached(steps::Step::RolledBack);
     }
@@ -375,7 +375,15 @@ async fn go_on(
         guest: Some(guest),
         base: Some(claim.base.clone()),
         receipt: Some(receipt),
+        measure,
     })
+}
+
+/// What a guest has become.
+struct Renewed {
+    receipt: Receipt,
+    guest: GuestView,
+    measure: Measure,
 }
 
 /// Lets the guest go on, has it become somebody, and only then its workload.
@@ -386,10 +394,16 @@ async fn renew(
     qmp: &Qmp,
     agent: &AgentClient,
     phases: &mut Phases<'_>,
-) -> Result<(Receipt, GuestView)> {
+) -> Result<Renewed> {
     state::go_on(qmp).await?;
     let receipt = identify(context, record, claim, agent, phases).await?;
     reached(steps::Step::Identified);
+    let (launch, own) = (&record.launch, claim.source == record.launch.id);
+    if !own && launch.resize != Resize::default() {
+        phases.enter("resize");
+        resize::begin_with(qmp, agent, launch).await?;
+    }
+    let measure = Measure::take(qmp, Some(agent), launch).await?;
     phases.enter(THAW);
     // What its user had frozen before it was parked stays so.
     if !record.frozen {
@@ -398,7 +412,7 @@ async fn renew(
     reached(steps::Step::Thawed);
     let guest = agent.guest_view().ok_or_else(|| Error::unavailable("the channel to the guest ended"))?;
     let (host_name, boot_id) = (receipt.host_name.clone(), receipt.boot_id.clone());
-    Ok((receipt, GuestView { host_name, boot_id, ..guest }))
+    Ok(Renewed { receipt, guest: GuestView { host_name, boot_id, ..guest }, measure })
 }
 
 async fn identify(

@@ -28,8 +28,9 @@ impl Groups {
 
     /// Puts a process under its profile's limits, and tells which of them hold.
     pub(crate) fn limit(&self, name: &str, pid: u32, profile: &Profile) -> Vec<Limit> {
-        let cpu_percent = profile.cpu_percent.unwrap_or(profile.cpus * 100);
-        let memory = profile.memory.bytes() + OVERHEAD;
+        // A guest can use all that its machine has, whatever it has been given.
+        let cpu_percent = profile.cpu_percent.unwrap_or(profile.most_cpus() * 100);
+        let memory = profile.most_memory().bytes() + OVERHEAD;
         let wanted = [
             ("memory", format!("{} bytes", memory), "memory.max", memory.to_string()),
             (
@@ -38,7 +39,7 @@ impl Groups {
                 "cpu.max",
                 format!("{} 100000", u64::from(cpu_percent) * 1000),
             ),
-            ("processes", "128 threads".to_string(), "pids.max", (128 + profile.cpus).to_string()),
+            ("processes", "128 threads".to_string(), "pids.max", (128 + profile.most_cpus()).to_string()),
         ];
         let entered = self.base.clone().and_then(|base| {
             let group = base.join(name);

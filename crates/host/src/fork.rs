@@ -23,6 +23,7 @@ use burgeon_api::{
 use burgeon_guest::client::AgentClient;
 use burgeon_plan::fork::{Way, way};
 use burgeon_qemu::{
+    command::memory_length,
     memory::{Aside, Base, Guest, Scope, Written, bytes},
     qmp::Qmp,
     state::{self, Devices, Saving},
@@ -129,7 +130,7 @@ impl Gate {
             return refused("its agent does not answer");
         }
         let Some(process) = &self.record.process else { return refused("its process is not known") };
-        let memory = Guest::open(process, state::memory_address(monitor).await?, launch.profile.memory.bytes())?;
+        let memory = state::open_memory(monitor, process, &launch.profile).await?;
         // Who has a receipt stands above a base. Without that at hand, whatever is not zero must be taken for its own.
         let above = self.record.receipt.is_some();
         let scope = if above && self.base.is_none() { Scope::All } else { Scope::Written };
@@ -231,9 +232,11 @@ impl Gate {
     }
 
     pub(crate) fn new_base(&self) -> Result<Into> {
-        let base = Base::empty(self.record.launch.profile.memory.bytes())?;
+        let profile = &self.record.launch.profile;
+        let base = Base::empty(memory_length(profile))?;
         let above = match &self.base {
-            Some(old) => base.copy_from(old).map(|()| true)?,
+            // What it was given beyond that is its own, and copied from it.
+            Some(old) => base.copy_from(old, profile.memory.bytes()).map(|()| true)?,
             None => false,
         };
         Ok(Into::New { base: Arc::new(base), above })

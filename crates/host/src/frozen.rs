@@ -18,7 +18,7 @@ use burgeon_api::{
     vm::Accelerator,
 };
 use burgeon_qemu::{
-    command::{Machine, arguments},
+    command::{Machine, arguments, memory_length},
     facts::Qemu,
     memory::{Base, Written},
     state::Devices,
@@ -137,7 +137,7 @@ impl Substrates {
         docked: &Docked,
         launch: &Launch,
     ) -> Result<Frozen> {
-        let (disks, docked, length) = (disks.clone(), docked.clone(), launch.profile.memory.bytes());
+        let (disks, docked, length) = (disks.clone(), docked.clone(), memory_length(&launch.profile));
         crate::plug::blocking(move || load(&disks, &directory, &docked, length)).await
     }
 

@@ -22,6 +22,7 @@ mod prepare;
 mod provisions;
 mod record;
 mod registry;
+mod resize;
 mod room;
 mod seed;
 mod server;

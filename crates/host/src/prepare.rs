@@ -144,6 +144,7 @@ pub(crate) fn machine(launch: &Launch, accelerator: Accelerator, attached: Vec<A
         ports: MOST_ATTACHED,
         attached: attached.into_iter().map(|attached| (attached.disk, attached.port)).collect(),
         extra_disks: Vec::new(),
+        size: launch.profile.size(),
         memory: None,
     }
 }

@@ -11,7 +11,7 @@ use burgeon_api::{
     host::Launch,
     receipt::Receipt,
     substrate::Docked,
-    vm::{Accelerator, Limit, Observed},
+    vm::{Accelerator, Limit, Observed, Size},
 };
 use burgeon_qemu::{
     command::file,
@@ -57,6 +57,9 @@ pub(crate) struct Record {
     /// How many QEMUs a user wants to wait for VMs that go on from it.
     #[serde(default)]
     pub standbys: Option<u32>,
+    /// How much memory and how many CPUs it shall have, where that is not what it began with.
+    #[serde(default)]
+    pub size: Option<Size>,
     /// Its user has frozen its workload.
     #[serde(default)]
     pub frozen: bool,
@@ -86,6 +89,7 @@ impl Record {
             docked: None,
             rolling_back: None,
             standbys: None,
+            size: None,
             frozen: false,
             paused: false,
             ended: None,
@@ -105,6 +109,11 @@ impl Record {
             )));
         }
         Ok(Record { format: FORMAT, ..record })
+    }
+
+    /// What it shall have.
+    pub(crate) fn size(&self) -> Size {
+        self.size.unwrap_or(self.launch.profile.size())
     }
 
     /// Whether its next start is no boot: it goes on from what is kept of it.

@@ -29,6 +29,7 @@ use crate::{
     provisions,
     record::Record,
     registry::Registry,
+    resize::Change,
     session::Attachment,
     shares, snapshots,
     start::Context,
@@ -200,6 +201,11 @@ impl Connection {
                 gate.resume(&self.context, |hold| self.hold(vm, hold)).await?;
                 reply(stream, &Reply::Done).await
             }
+            Request::Resize { vm, resize } => {
+                let gate = self.ask_vm(vm, |reply| Command::Gate { reply }).await??;
+                let resized = gate.resize(&self.context, resize, |change| self.resize(vm, change)).await?;
+                reply(stream, &Reply::Resized(resized)).await
+            }
             Request::Dock { vm, recipe } => {
                 self.dock(vm, &recipe).await?;
                 reply(stream, &Reply::Done).await
@@ -334,6 +340,10 @@ impl Connection {
 
     async fn hold(&self, vm: VmId, hold: Hold) -> Result<()> {
         self.ask_vm(vm, |done| Command::Hold { hold, done }).await?
+    }
+
+    async fn resize(&self, vm: VmId, change: Change) -> Result<()> {
+        self.ask_vm(vm, |done| Command::Resize { change, done }).await?
     }
 
     /// Keeps a VM's state and ends its process. One that is parked already stays as it is.

@@ -519,7 +519,7 @@ async fn make(context: &Context, source: VmId, seed: &Seed, from: From) -> Resul
         let agent = match &from {
             From::State(frozen) => Some(greet(context, &directory, &launch, frozen, &process, &qmp).await?),
             From::Base(base) => {
-                let memory = Guest::open(&process.identity, state::memory_address(&qmp).await?, base.length())?;
+                let memory = state::open_memory(&qmp, &process.identity, &launch.profile).await?;
                 let (base, of_source) = (base.clone(), seed.memory.clone());
                 blocking(move || match of_source {
                     Some(of_source) => memory.own(&of_source.pages(Scope::Written)?, &base),
@@ -546,14 +546,13 @@ async fn greet(
     context: &Context,
     directory: &Path,
     launch: &Launch,
-    frozen: &Frozen,
+    frozen: &Arc<Frozen>,
     process: &Process,
     qmp: &Qmp,
 ) -> Result<AgentClient> {
-    if let Some(written) = &frozen.written {
-        let memory = Guest::open(&process.identity, state::memory_address(qmp).await?, frozen.base.length())?;
-        memory.apply(written)?;
-    }
+    let memory = state::open_memory(qmp, &process.identity, &launch.profile).await?;
+    let of_frozen = frozen.clone();
+    blocking(move || memory.complete(&of_frozen.base, of_frozen.written.as_ref())).await?;
     frozen.devices.load(qmp).await?;
     // Without a name: what it is called comes with the claim.
     let agent = connect_agent(directory, "", true, Instant::now() + MONITOR_DEADLINE).await?;

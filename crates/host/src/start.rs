@@ -49,6 +49,7 @@ use crate::{
     prepare::Disk,
     provisions::{self, Secrets},
     record::Record,
+    resize::{self, Measure},
     room::Room,
     standby::{self, Standbys},
 };
@@ -91,6 +92,7 @@ pub(crate) struct Up {
     /// What its memory began with, where that is known.
     pub(crate) base: Option<Arc<Base>>,
     pub(crate) receipt: Option<Receipt>,
+    pub(crate) measure: Measure,
 }
 
 /// Told to the VM's task while the start goes on.
@@ -243,7 +245,7 @@ async fn try_once(
     prepare::prepare(&context.layout, directory, launch, disk, context.agent, run_as).await?;
     let attached = serve_disks(&context.disks, launch, run_as, disk == Disk::New).await?;
     phases.enter("start");
-    let machine = prepare::machine(launch, accelerator, attached);
+    let machine = Machine { size: record.size(), ..prepare::machine(launch, accelerator, attached) };
     let awaits_provisions = provisions::are_there(directory);
     let record = Record { accelerator, awaits_provisions, ..record.clone() };
     let (mut guard, record) = spawn(context, directory, record, &machine, run_as, None)?;
@@ -364,8 +366,9 @@ async fn connect(directory: &Path, launch: &Launch, process: Arc<Process>, phase
         opened = opened => opened?,
         () = process.ended() => return Err(ended()),
     };
-    let mut up = Up::without_guest(process.clone(), qmp, Some(console));
+    let mut up = Up::without_guest(process.clone(), qmp, Some(console), launch);
     if launch.image.boot == Boot::Firmware {
+        up.measure = Measure::take(&up.qmp, None, launch).await?;
         return Ok(up);
     }
     phases.enter("boot");
@@ -392,6 +395,7 @@ async fn connect(directory: &Path, launch: &Launch, process: Arc<Process>, phase
         () = process.ended() => return Err(ended()),
         () = reset => return Err(Error::unavailable(format!("the guest reset itself while booting: {}", said()))),
     };
+    up.measure = Measure::take(&up.qmp, Some(&agent.0), launch).await?;
     up.guest = Some(agent.1);
     up.agent = Some(agent.0);
     Ok(up)
@@ -487,9 +491,10 @@ pub(crate) async fn adopt(context: &Context, directory: &Path, record: &Record, 
         Ok(stream) => Some(Console::attach(stream, directory)),
         Err(_) => None,
     };
-    let mut up = Up::without_guest(process, qmp, console);
+    let mut up = Up::without_guest(process, qmp, console, launch);
     if record.paused {
-        // Its agent is met when it is resumed.
+        // Its agent is met when it is resumed. Nobody changes its size meanwhile.
+        up.measure = Measure::of_paused(&up.qmp, record).await?;
         burgeon_qemu::state::pause(&up.qmp).await?;
         fork::capture_is_over(directory);
         return Ok(up);
@@ -513,11 +518,14 @@ pub(crate) async fn adopt(context: &Context, directory: &Path, record: &Record, 
         up.agent = Some(agent);
         up.guest = Some(guest);
     }
+    resize::ask_again(&up.qmp, up.agent.as_ref(), record).await;
+    up.measure = Measure::take(&up.qmp, up.agent.as_ref(), launch).await?;
     Ok(up)
 }
 
 impl Up {
-    fn without_guest(process: Arc<Process>, qmp: Qmp, console: Option<Console>) -> Up {
-        Up { process, qmp, console, agent: None, guest: None, base: None, receipt: None }
+    fn without_guest(process: Arc<Process>, qmp: Qmp, console: Option<Console>, launch: &Launch) -> Up {
+        let measure = Measure::of(launch.profile.size());
+        Up { process, qmp, console, agent: None, guest: None, base: None, receipt: None, measure }
     }
 }

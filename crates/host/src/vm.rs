@@ -35,6 +35,7 @@ use burgeon_api::{
 };
 use burgeon_guest::{client::AgentClient, protocol::StopHow};
 use burgeon_qemu::{
+    growth,
     memory::Base,
     process::{End, Process},
     qmp::Event,
@@ -56,6 +57,7 @@ use crate::{
     prepare::Disk,
     provisions,
     record::Record,
+    resize::{Change, Measure},
     session::{self, Attachment},
     snapshots,
     start::{self, Context, Step, Up, group_name},
@@ -131,6 +133,11 @@ pub(crate) enum Command {
     },
     Record {
         reply: oneshot::Sender<Record>,
+    },
+    /// What it shall have from now on, or has. From whom has the gate.
+    Resize {
+        change: Change,
+        done: oneshot::Sender<Result<()>>,
     },
     /// Its user has stopped it, or lets it go on. From whom has the gate.
     Hold {
@@ -243,6 +250,7 @@ fn spawn(
         receipt: record.receipt.clone(),
         docked: record.docked.clone(),
         snapshots: 0,
+        size: record.size,
     };
     let (commands, receiver) = mpsc::channel(64);
     let (view, view_receiver) = watch::channel(first.clone());
@@ -451,6 +459,12 @@ impl Owner {
                 if up.base.is_some() {
                     self.base.clone_from(&up.base);
                 }
+                let Measure { has, shall } = up.measure;
+                if shall != self.record.size() {
+                    // It has what the state says that it goes on from.
+                    self.record.size = Some(shall);
+                    self.store();
+                }
                 self.up = Some(up);
                 let (disks, launch) = (self.context.disks.clone(), self.record.launch.clone());
                 tokio::spawn(async move {
@@ -461,6 +475,7 @@ impl Owner {
                 self.publish(|view| {
                     view.observed = observed;
                     view.guest = guest;
+                    view.size = Some(has);
                 });
             }
             Err(error) if matches!(self.view.borrow().observed, Observed::Unknown { .. }) => {
@@ -569,6 +584,15 @@ impl Owner {
                     self.disk_retry_at = Some(Instant::now() + REATTACH);
                 }
             }
+            growth::CHANGED => {
+                let began_with = self.record.launch.profile.memory;
+                let Some(grown) = growth::size_in_event(&event.data) else { return };
+                self.publish(|view| {
+                    if let Some(size) = &mut view.size {
+                        size.memory = ByteSize(began_with.0 + grown.0);
+                    }
+                });
+            }
             _ => {}
         }
     }
@@ -623,6 +647,7 @@ impl Owner {
         self.publish(|view| {
             view.observed = observed;
             view.resident = None;
+            view.size = self.record.size;
         });
         if let Some((_, waiting)) = self.stopping.take() {
             for done in waiting {
@@ -723,8 +748,25 @@ impl Owner {
             }
             Command::KeepStandbys { count, done } => drop(done.send(self.keep_standbys(count))),
             Command::Record { reply } => drop(reply.send(self.record.clone())),
+            Command::Resize { change, done } => drop(done.send(self.resize(change))),
             Command::Hold { hold, done } => drop(done.send(self.hold(hold))),
         }
+    }
+
+    /// Written down before it is done, so that the next host process does it too.
+    fn resize(&mut self, change: Change) -> Result<()> {
+        match change {
+            Change::Shall(size) => {
+                let record = Record { size: Some(size), ..self.record.clone() };
+                record.store(&self.directory)?;
+                self.record = record;
+                if self.up.is_none() {
+                    self.publish(|view| view.size = Some(size));
+                }
+            }
+            Change::Has(size) => self.publish(|view| view.size = Some(size)),
+        }
+        Ok(())
     }
 
     /// Written down before it is done, so that the next host process does it too.

@@ -39,7 +39,7 @@ use crate::{
 };
 
 /// Part of every image's recipe digest: raise it when the same recipe gives other bytes.
-const BUILDER: &str = "burgeon image builder 4";
+const BUILDER: &str = "burgeon image builder 5";
 
 /// What to build, and where.
 #[derive(Clone, Debug)]
@@ -192,7 +192,7 @@ impl Build<'_> {
             kernel_release: kernel.release.clone(),
             disk: self.recipe.size.filter(|_| self.recipe.kind == Kind::Disk),
             map: None,
-            modules: selection.early.iter().chain(&selection.root).cloned().collect(),
+            modules: selection.early.iter().chain(&selection.root).chain(&selection.growth).cloned().collect(),
             kernel_parameters: self.recipe.kernel_parameters.clone(),
             init: if stays { String::new() } else { self.recipe.init.clone() },
             created_s: 0,

@@ -4,6 +4,7 @@
 //! /init               the agent, put in front when a VM starts
 //! /burgeon/modules    file names below /burgeon, one per line, in the order of loading: the agent's channel
 //! /burgeon/modules.root   likewise: root disk, network, entropy, and what the recipe names
+//! /burgeon/modules.growth likewise: memory that comes and goes; loaded in guests that have such
 //! /burgeon/NAME.ko
 //! ```
 
@@ -43,7 +44,8 @@ pub fn compose_initramfs(image_directory: &Path, agent: &[u8], out: &Path) -> Re
 /// The modules and their lists.
 pub(crate) fn put_modules(archive: &mut Archive, kernel: &Kernel, selection: &Selection) {
     archive.put("burgeon", 0o755, Body::Directory);
-    for (list, names) in [("modules", &selection.early), ("modules.root", &selection.root)] {
+    let Selection { early, root, growth } = selection;
+    for (list, names) in [("modules", early), ("modules.root", root), ("modules.growth", growth)] {
         let text: String = names.iter().map(|name| format!("{name}.ko\n")).collect();
         archive.put(format!("burgeon/{list}"), 0o644, Body::File(text.into_bytes()));
         for name in names {

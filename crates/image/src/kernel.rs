@@ -20,6 +20,8 @@ const CHANNEL: [&str; 4] = ["virtio_ring", "virtio", "virtio_pci", "virtio_conso
 const ROOT: [&str; 5] = ["virtio_blk", "ext4", "virtio_net", "virtio_rng", "overlay"];
 /// What ends connections that a clone has inherited. Kernels without it have guests that refuse to.
 const OF_CLONES: [&str; 2] = ["inet_diag", "tcp_diag"];
+/// What takes memory that a guest is given while it runs. Guests of kernels without it keep what they began with.
+const OF_GROWTH: [&str; 1] = ["virtio_mem"];
 
 /// Parts of the module tree that a virtual machine of ours can use: file systems, networks without
 /// hardware, block layers, virtio. Drivers for hardware that is never there stay out, which
@@ -108,6 +110,8 @@ pub(crate) struct Selection {
     pub(crate) early: Vec<String>,
     /// Loaded before the root disk is mounted, in order.
     pub(crate) root: Vec<String>,
+    /// Loaded behind the early ones, where there is memory to grow into.
+    pub(crate) growth: Vec<String>,
 }
 
 impl Kernel {
@@ -208,7 +212,9 @@ impl Kernel {
         }
         let mut root = self.modules.order(&wanted)?;
         root.retain(|name| !early.contains(name));
-        Ok(Selection { early, root })
+        let mut growth = self.modules.order(&OF_GROWTH).unwrap_or_default();
+        growth.retain(|name| !early.contains(name) && !root.contains(name));
+        Ok(Selection { early, root, growth })
     }
 
     /// Puts the modules that a running guest may ask for into a disk's tree.

@@ -9,6 +9,7 @@
 //! | [`pipeline`] | whether a pipeline file is sound; each move of a run | control |
 //! | [`vm`] | what to ask of the host, from what is wanted and what is seen | control |
 //! | [`snapshot`] | what a snapshot is called, when a VM can return to one | host, control |
+//! | [`size`] | what a VM's memory and CPUs may be changed to | host, control |
 //! | [`idle`] | when a server that nobody needs exits | control |
 //! | [`admission`] | whether there is room for one more VM | host |
 //! | [`standby`] | how many QEMUs wait for VMs of a substrate | host |
@@ -24,6 +25,7 @@ pub mod idle;
 pub mod life;
 pub mod pipeline;
 pub mod receipt;
+pub mod size;
 pub mod snapshot;
 pub mod standby;
 pub mod vm;

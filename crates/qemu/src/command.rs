@@ -8,8 +8,8 @@ use burgeon_api::{
     ByteSize,
     disk::ROOT,
     image::Boot,
-    profile::{Init, Network, Profile},
-    vm::Accelerator,
+    profile::{Init, MEMORY_STEP, Network, Profile},
+    vm::{Accelerator, Size},
 };
 
 /// Names of the files in a VM's directory.
@@ -72,6 +72,23 @@ pub fn disk_device(disk: &str, port: u8) -> serde_json::Value {
     serde_json::json!({"driver": "virtio-blk-pci", "drive": node, "id": node, "bus": port_name(port), "serial": disk})
 }
 
+/// QEMU's name for the device by which a guest's memory grows, and for that memory.
+pub const GROWTH: &str = "growth";
+/// Guests take memory up in sections of so much: a block that ends within one would lose its end.
+const SECTION: u64 = 128 << 20;
+
+/// How large the block is that a guest's memory grows into; 0 where it does not grow.
+#[must_use]
+pub fn growth_length(profile: &Profile) -> u64 {
+    (profile.most_memory().bytes() - profile.memory.bytes()).next_multiple_of(SECTION)
+}
+
+/// How much memory there is to be captured: all that the guest may ever have.
+#[must_use]
+pub fn memory_length(profile: &Profile) -> u64 {
+    profile.memory.bytes() + growth_length(profile)
+}
+
 /// Where QEMU finds the VM's disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DiskFrom {
@@ -107,6 +124,8 @@ pub struct Machine {
     pub attached: Vec<(String, u8)>,
     /// Raw block devices given to the guest beside its disk, read-only with a throw-away overlay.
     pub extra_disks: Vec<String>,
+    /// What the guest has from the first moment on, where it boots.
+    pub size: Size,
     /// The descriptor that QEMU inherits with the guest's memory. Then it starts nothing: it waits for the devices' state.
     pub memory: Option<i32>,
 }
@@ -140,7 +159,9 @@ pub fn arguments(machine: &Machine) -> Vec<String> {
             add(&["-accel", &format!("tcg,thread=multi,tb-size={cache}"), "-cpu", "max,-erms"]);
         }
     }
-    add(&["-m", &format!("{}M", profile.memory.bytes() >> 20), "-smp", &profile.cpus.to_string()]);
+    let growth = growth_length(profile);
+    let most = if growth > 0 { format!(",maxmem={}M", memory_length(profile) >> 20) } else { String::new() };
+    add(&["-m", &format!("{}M{most}", profile.memory.bytes() >> 20), "-smp", &profile.most_cpus().to_string()]);
     add(&["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
 
     let socket = |id: &str, path: &str| format!("socket,id={id},path={path},server=on,wait=off");
@@ -198,6 +219,15 @@ pub fn arguments(machine: &Machine) -> Vec<String> {
             add(&["-netdev", "user,id=outside,ipv6=off", "-device", "virtio-net-pci,netdev=outside,romfile="]);
         }
     }
+    if growth > 0 {
+        // No file: the device makes holes in it.
+        add(&["-object", &format!("memory-backend-ram,id={GROWTH}-memory,size={growth},reserve=off")]);
+        // What the state of a captured one says comes with that.
+        let wanted = if machine.memory.is_some() { 0 } else { machine.size.memory.bytes() - profile.memory.bytes() };
+        let (memory, step) = (format!("memdev={GROWTH}-memory"), MEMORY_STEP.bytes());
+        let device = format!("virtio-mem-pci,id={GROWTH},{memory},block-size={step},requested-size={wanted}");
+        add(&["-device", &device]);
+    }
     if profile.display {
         // No listener of QEMU's own: the host process hands over each client's socket.
         add(&["-device", "VGA,vgamem_mb=16", "-vnc", "none", "-device", "qemu-xhci", "-device", "usb-tablet"]);
@@ -227,6 +257,17 @@ fn kernel_command_line(machine: &Machine) -> String {
             // What only costs where nobody has set it up: accounting of pressure, and security modules that have no policy.
             words.extend(["psi=0", "lsm=landlock,yama"].map(str::to_string));
         }
+    }
+    if growth_length(&machine.profile) > 0 {
+        // Memory may come beyond 4 GiB, and the kernel would set 64 MiB aside for devices that do not reach it. Ours do.
+        words.push("swiotlb=512".into());
+        // What it is given it uses; mostly for what can be moved, as long as the kernel has enough for the rest, because
+        // only that can be given back.
+        words.extend(["memhp_default_state=online", "memory_hotplug.online_policy=auto-movable"].map(str::to_string));
+    }
+    if machine.profile.most_cpus() > machine.size.cpus {
+        // The others are there, and the guest begins to use them when it is told to.
+        words.push(format!("maxcpus={}", machine.size.cpus));
     }
     words.push(format!("burgeon.name={}", machine.name));
     // systemd would else take the name in the image's /etc/hostname.
@@ -266,8 +307,24 @@ mod tests {
             ports: 4,
             attached: vec![("data".into(), 2)],
             extra_disks: vec![],
+            size: Profile::default().size(),
             memory: None,
         }
+    }
+
+    #[test]
+    fn memory_grows_where_the_profile_says_so() {
+        assert!(!arguments(&machine()).join(" ").contains("virtio-mem"));
+        let (memory, max_memory) = (ByteSize::mib(128), Some(ByteSize::mib(300)));
+        let profile = Profile { memory, max_memory, ..Profile::default() };
+        let size = Size { memory: ByteSize::mib(192), cpus: 1 };
+        let growing = Machine { profile, size, ..machine() };
+        let words = arguments(&growing).join(" ");
+        // The guest cannot use a part of a section.
+        assert!(words.contains("-m 128M,maxmem=384M") && words.contains("swiotlb=512"), "{words}");
+        assert!(words.contains("memdev=growth-memory,block-size=2097152,requested-size=67108864"), "{words}");
+        let words = arguments(&Machine { memory: Some(7), ..growing }).join(" ");
+        assert!(words.contains("requested-size=0") && words.contains("size=134217728,mem-path="), "{words}");
     }
 
     #[test]
@@ -278,6 +335,15 @@ mod tests {
             "{words}"
         );
         assert!(!words.contains("-kernel") && words.contains("memory-backend=memory"), "{words}");
+    }
+
+    #[test]
+    fn cpus_that_may_be_used_later_are_there() {
+        assert!(!arguments(&machine()).join(" ").contains("maxcpus"));
+        let profile = Profile { max_cpus: Some(4), ..Profile::default() };
+        let size = Size { cpus: 2, ..profile.size() };
+        let words = arguments(&Machine { profile, size, ..machine() }).join(" ");
+        assert!(words.contains("-smp 4") && words.contains("maxcpus=2"), "{words}");
     }
 
     #[test]

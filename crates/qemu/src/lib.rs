@@ -6,6 +6,7 @@
 pub mod command;
 pub mod disk;
 pub mod facts;
+pub mod growth;
 pub mod memory;
 pub mod nbd;
 pub mod probe;

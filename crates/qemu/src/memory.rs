@@ -8,6 +8,11 @@
 //! QEMU never writes a base: its pages are copied by the kernel when the guest writes them. Which ones were copied, the
 //! kernel tells in `/proc/PID/pagemap` (Documentation/admin-guide/mm/pagemap.rst), and their content lies in
 //! `/proc/PID/mem`. A guest that was booted has no base: all that it has touched is written.
+//!
+//! Memory that a guest may be given while it runs is a second block: for all but QEMU one range of offsets, the first block
+//! and then the second. A base is mapped for the first alone. The device of the second one makes holes in its file where the
+//! guest has none of it, which a file that others share does not bear; so that block is each QEMU's own, what a base
+//! holds of it is copied, and all that the guest has touched there is written.
 
 use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
 
@@ -19,6 +24,8 @@ use crate::process::{Identity, identity_of};
 /// Bytes of a page on x86-64.
 pub const PAGE: u64 = PAGE_BYTES as u64;
 const PAGE_BYTES: usize = 4096;
+/// Bytes of the page map that are read with one call: they stay in the processor's cache.
+const ENTRIES: usize = 64 << 10;
 /// Pages that are moved with one call.
 const PIECE: u64 = 256 * PAGE;
 /// Less than this is not worth a thread.
@@ -89,14 +96,14 @@ impl Base {
         data(&self.file)
     }
 
-    /// Takes over what another base holds.
+    /// Takes over what another base holds in front of an offset.
     ///
     /// # Errors
     /// The system's.
-    pub fn copy_from(&self, other: &Base) -> Result<()> {
+    pub fn copy_from(&self, other: &Base, end: u64) -> Result<()> {
         let read = |at: u64, buffer: &mut [u8]| other.file.read_exact_at(buffer, at);
         let write = |at: u64, bytes: &[u8]| self.file.write_all_at(bytes, at);
-        copy_all(&other.data()?, read, write)
+        copy_all(&within(other.data()?, &(0..end)), read, write)
     }
 
     /// Fills a part that holds zeros, from a multiple of the page's size on; pages of zeros take no room.
@@ -118,9 +125,14 @@ fn memfd(length: u64) -> Result<File> {
 }
 
 fn fill(file: &File, at: u64, bytes: &[u8]) -> io::Result<()> {
+    without_zeros(at, bytes, |at, bytes| file.write_all_at(bytes, at))
+}
+
+/// Writes the pages that hold anything.
+fn without_zeros(at: u64, bytes: &[u8], write: impl Fn(u64, &[u8]) -> io::Result<()>) -> io::Result<()> {
     for run in runs(bytes.chunks(PAGE_BYTES).map(|page| page.iter().any(|byte| *byte != 0))) {
         let part = |at: u64| usize::try_from(at).unwrap_or(usize::MAX).min(bytes.len());
-        file.write_all_at(&bytes[part(run.start)..part(run.end)], at + run.start)?;
+        write(at + run.start, &bytes[part(run.start)..part(run.end)])?;
     }
     Ok(())
 }
@@ -207,14 +219,23 @@ fn copy(
     Ok(())
 }
 
+/// A part of a guest's memory that QEMU has in one piece.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// Where QEMU has it.
+    pub address: u64,
+    pub length: u64,
+}
+
 /// The memory of a guest inside a running QEMU.
 #[derive(Debug)]
 pub struct Guest {
     memory: File,
     pagemap: File,
-    /// Where QEMU has it.
-    address: u64,
-    length: u64,
+    /// The one that its base is mapped for.
+    main: Block,
+    /// What it may be given while it runs.
+    growth: Option<Block>,
 }
 
 /// Which pages to look at.
@@ -227,11 +248,11 @@ pub enum Scope {
 }
 
 impl Guest {
-    /// Opens the memory of a process, `length` bytes from `address`.
+    /// Opens the memory of a process: the block that a base is mapped for, and the one of its growth.
     ///
     /// # Errors
     /// `Refused` where this process may not; `NotFound` where it is gone; the system's.
-    pub fn open(process: &Identity, address: u64, length: u64) -> Result<Guest> {
+    pub fn open(process: &Identity, main: Block, growth: Option<Block>) -> Result<Guest> {
         let pid = process.pid;
         let open = |name: &str, write: bool| {
             let path = format!("/proc/{pid}/{name}");
@@ -245,7 +266,7 @@ impl Guest {
                 }
             })
         };
-        let guest = Guest { memory: open("mem", true)?, pagemap: open("pagemap", false)?, address, length };
+        let guest = Guest { memory: open("mem", true)?, pagemap: open("pagemap", false)?, main, growth };
         // What is open now stays that of one process, whoever gets its number later.
         if identity_of(pid).as_ref() != Some(process) {
             return Err(Error::not_found(format!("process {pid} is gone")));
@@ -253,25 +274,62 @@ impl Guest {
         Ok(guest)
     }
 
-    /// Where pages of the scope lie. Costs about 8 ms for each GiB.
+    fn length(&self) -> u64 {
+        self.main.length + self.growth.map_or(0, |growth| growth.length)
+    }
+
+    /// Where pages of the scope lie; no run of them is of both blocks. Costs about 8 ms for each GiB that is mapped, and
+    /// half a millisecond for each that the guest was not given yet.
     ///
     /// # Errors
     /// The system's.
     pub fn pages(&self, scope: Scope) -> Result<Vec<Range<u64>>> {
-        if scope == Scope::All {
-            return Ok(std::iter::once(0..self.length).collect());
+        let main = self.main.length;
+        let mut pages = match scope {
+            Scope::All => std::iter::once(0..main).collect(),
+            Scope::Written => self.written(self.main)?,
+        };
+        if let Some(growth) = self.growth {
+            pages.extend(self.written(growth)?.into_iter().map(|range| range.start + main..range.end + main));
         }
-        let count = usize::try_from(self.length / PAGE).map_err(|_| Error::internal("a memory beyond all bounds"))?;
-        let mut entries = vec![0; count * 8];
-        self.pagemap
-            .read_exact_at(&mut entries, self.address / PAGE * 8)
-            .map_err(failed("ask which pages a guest has written"))?;
-        let is_own = entries.as_chunks::<8>().0.iter().map(|entry| is_own(u64::from_le_bytes(*entry)));
-        Ok(runs(is_own))
+        Ok(pages)
+    }
+
+    /// The pages of a block that are the process's own, from the block's beginning on.
+    fn written(&self, block: Block) -> Result<Vec<Range<u64>>> {
+        let mut pages: Vec<Range<u64>> = Vec::new();
+        let mut buffer = vec![0; ENTRIES];
+        let mut at = 0;
+        while at < block.length {
+            let count = ((block.length - at) / PAGE).min(ENTRIES as u64 / 8);
+            let entries = &mut buffer[..usize::try_from(count * 8).unwrap_or(ENTRIES)];
+            self.pagemap
+                .read_exact_at(entries, (block.address + at) / PAGE * 8)
+                .map_err(failed("ask which pages a guest has written"))?;
+            let entries = entries.as_chunks::<8>().0.iter().map(|entry| u64::from_le_bytes(*entry));
+            // Of most parts of a large memory a guest may have nothing.
+            if entries.clone().fold(0, |all, entry| all | entry) & (PRESENT | SWAPPED) != 0 {
+                append(&mut pages, runs(entries.map(is_own)), at);
+            }
+            at += count * PAGE;
+        }
+        Ok(pages)
+    }
+
+    /// Where QEMU has what lies at an offset.
+    fn address(&self, at: u64) -> u64 {
+        match self.growth {
+            Some(growth) if at >= self.main.length => growth.address + (at - self.main.length),
+            _ => self.main.address + at,
+        }
     }
 
     fn read(&self, at: u64, buffer: &mut [u8]) -> io::Result<()> {
-        self.memory.read_exact_at(buffer, self.address + at)
+        self.memory.read_exact_at(buffer, self.address(at))
+    }
+
+    fn write(&self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        self.memory.write_all_at(bytes, self.address(at))
     }
 
     /// Copies pages into a memory that holds zeros.
@@ -283,12 +341,15 @@ impl Guest {
         copy_all(pages, |at, buffer| self.read(at, buffer), write)
     }
 
-    /// Copies pages over a memory that may hold others, zeros and all.
+    /// Copies pages over a memory that may hold others of the first block, zeros and all. Behind that it holds zeros.
     ///
     /// # Errors
     /// The system's.
     pub fn overwrite(&self, pages: &[Range<u64>], base: &Base) -> Result<()> {
-        let write = |at: u64, bytes: &[u8]| base.file.write_all_at(bytes, at);
+        let write = |at: u64, bytes: &[u8]| match at < self.main.length {
+            true => base.file.write_all_at(bytes, at),
+            false => fill(&base.file, at, bytes),
+        };
         copy_all(pages, |at, buffer| self.read(at, buffer), write)
     }
 
@@ -312,7 +373,7 @@ impl Guest {
                 self.read(range.start, buffer).map_err(failed("read a guest's memory"))
             })
         })?;
-        Ok(Written { length: self.length, pages, content })
+        Ok(Written { length: self.length(), pages, content })
     }
 
     /// Has this guest own pages in which its base's content stays: what is going to be put there need not wait for room.
@@ -320,19 +381,34 @@ impl Guest {
     /// # Errors
     /// The system's.
     pub fn own(&self, pages: &[Range<u64>], base: &Base) -> Result<()> {
+        // Where no base is mapped there are zeros, and they stay zeros where the other guest has no more than that.
+        let pages = within(pages.to_vec(), &(0..self.main.length));
         let read = |at: u64, buffer: &mut [u8]| base.file.read_exact_at(buffer, at);
-        let write = |at: u64, bytes: &[u8]| self.memory.write_all_at(bytes, self.address + at);
-        copy_all(pages, read, write)
+        copy_all(&pages, read, |at, bytes| self.write(at, bytes))
     }
 
-    /// Puts what another guest has written into this one, which has not run yet.
+    /// Puts into a guest that has not run yet what it lacks of the memory it is to go on with: what another one has written
+    /// above the base that both begin with; or what the base holds where it is not mapped.
     ///
     /// # Errors
     /// `Invalid` where it does not fit; the system's.
-    pub fn apply(&self, written: &Written) -> Result<()> {
-        if written.length != self.length {
+    pub fn complete(&self, base: &Base, written: Option<&Written>) -> Result<()> {
+        let length = written.map_or(base.length, |written| written.length);
+        if length != self.length() {
             return Err(Error::invalid("the guests' memories are not of one size"));
         }
+        // A guest that clears what it is given has much of it that holds nothing.
+        let write = |at: u64, bytes: &[u8]| match at < self.main.length {
+            true => self.write(at, bytes),
+            false => without_zeros(at, bytes, |at, bytes| self.write(at, bytes)),
+        };
+        let Some(written) = written else {
+            let growth = match self.growth {
+                Some(_) => within(base.data()?, &(self.main.length..base.length)),
+                None => return Ok(()),
+            };
+            return copy_all(&growth, |at, buffer| base.file.read_exact_at(buffer, at), write);
+        };
         let mut rest = written.content.as_slice();
         let parts = split(&written.pages, threads(bytes(&written.pages))).into_iter().map(|part| {
             let (own, others) = rest.split_at(length_of(&part));
@@ -343,7 +419,7 @@ impl Guest {
             part.into_iter().try_for_each(|range| {
                 let (content, others) = own.split_at(length_of(std::slice::from_ref(&range)));
                 own = others;
-                self.memory.write_all_at(content, self.address + range.start).map_err(failed("write a guest's memory"))
+                write(range.start, content).map_err(failed("write a guest's memory"))
             })
         })
     }
@@ -378,6 +454,12 @@ fn length_of(pages: &[Range<u64>]) -> usize {
     usize::try_from(bytes(pages)).unwrap_or(usize::MAX)
 }
 
+/// The parts of runs that lie in a range.
+fn within(pages: Vec<Range<u64>>, range: &Range<u64>) -> Vec<Range<u64>> {
+    let clipped = pages.into_iter().map(|run| run.start.max(range.start)..run.end.min(range.end));
+    clipped.filter(|run| run.start < run.end).collect()
+}
+
 /// How much runs of pages hold.
 pub fn bytes(pages: &[Range<u64>]) -> u64 {
     pages.iter().map(|range| range.end - range.start).sum()
@@ -402,6 +484,17 @@ fn runs(pages: impl Iterator<Item = bool>) -> Vec<Range<u64>> {
     all
 }
 
+/// Puts runs behind others, which end where these begin at the latest.
+fn append(all: &mut Vec<Range<u64>>, more: Vec<Range<u64>>, offset: u64) {
+    for run in more {
+        let run = run.start + offset..run.end + offset;
+        match all.last_mut() {
+            Some(last) if last.end == run.start => last.end = run.end,
+            _ => all.push(run),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -415,6 +508,11 @@ mod tests {
         assert_eq!(runs([false, false].into_iter()), []);
         assert!(is_own(PRESENT) && is_own(SWAPPED));
         assert!(!is_own(PRESENT | OF_FILE) && !is_own(0));
+        // Found piece by piece they are no others.
+        let mut pieces = runs([true, true].into_iter());
+        append(&mut pieces, runs([true, false, true].into_iter()), page(2));
+        append(&mut pieces, runs([false, true].into_iter()), page(5));
+        assert_eq!(pieces, [page(0)..page(3), page(4)..page(5), page(6)..page(7)]);
     }
 
     #[test]
@@ -437,7 +535,7 @@ mod tests {
         assert!(base.fill(0, b"x").is_err());
         assert!(base.file().set_len(0).is_err());
         let copy = Base::empty(64 * PAGE).unwrap();
-        copy.copy_from(&base).unwrap();
+        copy.copy_from(&base, 64 * PAGE).unwrap();
         let mut page = [0; 100];
         copy.file().read_exact_at(&mut page, 3 * PAGE).unwrap();
         assert_eq!((page, copy.held()), ([7; 100], PAGE));
@@ -470,7 +568,8 @@ mod tests {
         of_source[2 * 4096..3 * 4096].fill(0);
         of_source[5 * 4096..7 * 4096].fill(9);
         let own = identity_of(std::process::id()).unwrap();
-        let open = |at: *mut std::ffi::c_void| Guest::open(&own, at as u64, length).unwrap();
+        let block = |at: *mut std::ffi::c_void| Block { address: at as u64, length };
+        let open = |at: *mut std::ffi::c_void| Guest::open(&own, block(at), None).unwrap();
         // Pages that are owned ahead hold what the base holds.
         let ahead = map();
         let owned = [2 * PAGE..3 * PAGE, 5 * PAGE..6 * PAGE];
@@ -485,11 +584,11 @@ mod tests {
         // More than was thought.
         let written = guest.capture(pages.clone(), Aside::room_for(&pages[..1])).unwrap();
         of_source[8 * 4096] = 4;
-        open(child).apply(&written).unwrap();
+        open(child).complete(&base, Some(&written)).unwrap();
         assert_eq!((of_child[2 * 4096], of_child[6 * 4096], of_child[8 * 4096]), (0, 9, 0));
         // A new base out of the old one and what was written; one of all that there is.
         let (merged, whole) = (Base::empty(length).unwrap(), Base::empty(length).unwrap());
-        merged.copy_from(&base).unwrap();
+        merged.copy_from(&base, length).unwrap();
         guest.overwrite(&pages, &merged).unwrap();
         guest.fill(&guest.pages(Scope::All).unwrap(), &whole).unwrap();
         let at = |base: &Base, page: u64| {
@@ -505,6 +604,61 @@ mod tests {
             munmap(source, size).unwrap();
             munmap(child, size).unwrap();
             munmap(ahead, size).unwrap();
+        }
+    }
+
+    /// A second block lies behind the first one in all that is captured, and each guest has its own.
+    #[test]
+    fn memory_that_a_guest_was_given_is_its_own() {
+        use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+        let length = 8 * PAGE;
+        let size = usize::try_from(length).unwrap();
+        let base = Base::empty(2 * length).unwrap();
+        base.fill(PAGE, &[1; 4096]).unwrap();
+        // What stands there for the second block is copied, not mapped.
+        base.fill(length + 2 * PAGE, &[2; 4096]).unwrap();
+        base.seal().unwrap();
+        let rights = ProtFlags::READ | ProtFlags::WRITE;
+        let map = || {
+            // SAFETY: new mappings, of a file that nobody can shrink and of none, at addresses of the kernel's choice.
+            unsafe {
+                let main = mmap(std::ptr::null_mut(), size, rights, MapFlags::PRIVATE, base.file(), 0).unwrap();
+                (main, mmap_anonymous(std::ptr::null_mut(), size, rights, MapFlags::PRIVATE).unwrap())
+            }
+        };
+        let (source, child) = (map(), map());
+        let own = identity_of(std::process::id()).unwrap();
+        let block = |at: *mut std::ffi::c_void| Block { address: at as u64, length };
+        let open = |(main, growth)| Guest::open(&own, block(main), Some(block(growth))).unwrap();
+        let byte = |at: *mut std::ffi::c_void, page: usize| {
+            // SAFETY: a page within a mapping that lives until the end of this test, used by this thread alone.
+            unsafe { &mut *at.cast::<u8>().add(page * 4096) }
+        };
+        let guest = open(source);
+        guest.complete(&base, None).unwrap();
+        assert_eq!((*byte(source.0, 1), *byte(source.1, 2)), (1, 2));
+        *byte(source.0, 7) = 3;
+        *byte(source.1, 0) = 4;
+        let pages = guest.pages(Scope::Written).unwrap();
+        assert_eq!(pages, [7 * PAGE..8 * PAGE, 8 * PAGE..9 * PAGE, 10 * PAGE..11 * PAGE]);
+        let ends = |pages: &[Range<u64>]| (pages[0].clone(), pages[1].clone());
+        assert_eq!(ends(&guest.pages(Scope::All).unwrap()), (0..8 * PAGE, 8 * PAGE..9 * PAGE));
+        let written = guest.capture(pages.clone(), Aside::room_for(&pages)).unwrap();
+        // A guest that waits for a fork owns nothing there until it gets what the other one has written.
+        open(child).own(&pages, &base).unwrap();
+        assert_eq!((*byte(child.1, 0), *byte(child.1, 2)), (0, 0));
+        open(child).complete(&base, Some(&written)).unwrap();
+        assert_eq!((*byte(child.0, 1), *byte(child.0, 7), *byte(child.1, 0), *byte(child.1, 2)), (1, 3, 4, 2));
+        // A new base takes of the old one only what is mapped.
+        let merged = Base::empty(2 * length).unwrap();
+        merged.copy_from(&base, length).unwrap();
+        let data = merged.data().unwrap();
+        assert!(!data.is_empty() && data.iter().all(|run| run.end <= length), "{data:?}");
+        // SAFETY: no part of the mappings is used from here on.
+        unsafe {
+            for at in [source.0, source.1, child.0, child.1] {
+                munmap(at, size).unwrap();
+            }
         }
     }
 }

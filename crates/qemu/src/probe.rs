@@ -120,10 +120,12 @@ pub async fn probe(qemu: &Qemu, directory: &Path) -> Verdict {
 }
 
 async fn guest_speaks(qemu: &Qemu, directory: &Path) -> Result<Duration> {
+    let profile = Profile { memory: ByteSize::mib(256), init: Init::None, ..Profile::default() };
     let machine = Machine {
         name: "kvm-probe".into(),
         uuid: "00000000-0000-0000-0000-000000000000".into(),
-        profile: Profile { memory: ByteSize::mib(256), init: Init::None, ..Profile::default() },
+        size: profile.size(),
+        profile,
         boot: Boot::Agent,
         accelerator: Accelerator::Kvm,
         disk: None,

@@ -5,12 +5,18 @@
 
 use std::{fs::File, os::fd::AsRawFd, time::Duration};
 
-use burgeon_api::{Error, Result};
+use burgeon_api::{Error, Result, profile::Profile};
 use rustix::fs::MemfdFlags;
 use serde_json::{Value, json};
 use tokio::{sync::broadcast::error::RecvError, time::timeout};
 
-use crate::qmp::Qmp;
+use crate::{
+    command::growth_length,
+    growth,
+    memory::{Block, Guest},
+    process::Identity,
+    qmp::Qmp,
+};
 
 /// How long loading may take. It is a matter of milliseconds.
 const LOADED: Duration = Duration::from_secs(20);
@@ -129,12 +135,26 @@ pub async fn tell_when_loaded(qmp: &Qmp) -> Result<()> {
     qmp.execute("migrate-set-capabilities", events).await.map(drop)
 }
 
-/// Where QEMU has the guest's memory, in its own address space.
+/// Opens the memory of a guest with this profile.
+///
+/// # Errors
+/// QEMU's; those of [`Guest::open`].
+pub async fn open_memory(qmp: &Qmp, process: &Identity, profile: &Profile) -> Result<Guest> {
+    let main = Block { address: memory_address(qmp, 0).await?, length: profile.memory.bytes() };
+    let growth = match growth_length(profile) {
+        0 => None,
+        length => Some(Block { address: memory_address(qmp, growth::begins_at(qmp).await?).await?, length }),
+    };
+    Guest::open(process, main, growth)
+}
+
+/// Where QEMU has what a guest has at an address, in its own address space.
 ///
 /// # Errors
 /// QEMU's; `Damaged` for an answer that is no address.
-pub async fn memory_address(qmp: &Qmp) -> Result<u64> {
-    let answer = qmp.execute("human-monitor-command", json!({"command-line": "gpa2hva 0"})).await?;
+pub async fn memory_address(qmp: &Qmp, of_guest: u64) -> Result<u64> {
+    let question = json!({"command-line": format!("gpa2hva {of_guest:#x}")});
+    let answer = qmp.execute("human-monitor-command", question).await?;
     address(answer.as_str().unwrap_or_default())
         .ok_or_else(|| Error::damaged(format!("QEMU does not tell where the guest's memory is: {answer}")))
 }

@@ -91,6 +91,9 @@ pub struct CloneSource {
     /// And what it keeps with that.
     #[serde(default)]
     pub keep: burgeon_api::substrate::Keep,
+    /// And what it shall have in place of what the other one has.
+    #[serde(default)]
+    pub resize: burgeon_api::vm::Resize,
 }
 
 /// A row of `pipeline`.

@@ -47,6 +47,8 @@ pub enum Step {
     Identified,
     /// A guest's workload goes on, and nobody was told.
     Thawed,
+    /// A VM's record says what size it shall have, and neither QEMU nor the guest knows.
+    SizeWritten,
     /// A VM's instant is captured, it goes on, and nothing names what was captured.
     SnapshotCaptured,
     /// All of a snapshot is kept, and it is not in its place.
@@ -80,7 +82,7 @@ pub enum Step {
 }
 
 impl Step {
-    pub const ALL: [Step; 35] = [
+    pub const ALL: [Step; 36] = [
         Step::ObjectBeside,
         Step::PackWritten,
         Step::PackKnown,
@@ -101,6 +103,7 @@ impl Step {
         Step::Loaded,
         Step::Identified,
         Step::Thawed,
+        Step::SizeWritten,
         Step::SnapshotCaptured,
         Step::SnapshotKept,
         Step::RollbackWanted,

@@ -12,7 +12,7 @@ use burgeon_api::{
     login::{Login, check_key},
     profile::Profile,
     substrate::{ActivateVms, Keep},
-    vm::{Accelerator, Observed, VmView},
+    vm::{Accelerator, Observed, Resize, Resized, Size, VmView},
 };
 use http_body_util::BodyExt;
 use serde_json::json;
@@ -23,16 +23,16 @@ use tokio::{
 
 use super::{Context, copy};
 use crate::{
-    arguments::{LifeArguments, VmCommand, VmName},
+    arguments::{LifeArguments, SizeArguments, VmCommand, VmName},
     client::{Client, escape},
     output, terminal,
 };
 
 pub(super) async fn run(context: &Context, command: VmCommand) -> Result<u8> {
     match command {
-        VmCommand::Create { substrate, snapshot, name, count, keep_connections, provide, life, no_wait, .. }
-            if substrate.is_some() || snapshot.is_some() =>
-        {
+        VmCommand::Create {
+            substrate, snapshot, name, count, keep_connections, size, provide, life, no_wait, ..
+        } if substrate.is_some() || snapshot.is_some() => {
             let source = match (substrate, snapshot) {
                 (Some(substrate), _) => super::substrate::of(&substrate),
                 (None, snapshot) => super::snapshot::named(&snapshot.unwrap_or_default())?,
@@ -40,10 +40,14 @@ pub(super) async fn run(context: &Context, command: VmCommand) -> Result<u8> {
             let provisions = super::provisions::read(provide)?;
             let (ids, names) = super::substrate::new_vms(name, count);
             let keep = Keep { connections: keep_connections, secrets: false };
-            let request = ActivateVms { ids, names, life: set_life(life), keep, provisions };
+            let request = ActivateVms { ids, names, life: set_life(life), keep, resize: resize(size), provisions };
             super::substrate::activate(context, &source, request, !no_wait).await
         }
-        VmCommand::Create { image, name, profile, ssh_key, user, provide, life, no_wait, .. } => {
+        VmCommand::Create { image, name, profile, ssh_key, user, size, provide, life, no_wait, .. } => {
+            if resize(size) != Resize::default() {
+                return Err(Error::invalid("a VM that boots has the memory and the CPUs that its profile says")
+                    .with_hint("name another profile: --profile; or change the VM later: burgeon vm set"));
+            }
             let image = image.ok_or_else(|| Error::invalid("neither an image nor a substrate is named"))?;
             let mut profile = read_profile(&profile)?;
             if !ssh_key.is_empty() {
@@ -63,7 +67,7 @@ pub(super) async fn run(context: &Context, command: VmCommand) -> Result<u8> {
         VmCommand::Stop { vms, force } => stop(context, &vms, force).await,
         VmCommand::Rm { vms, force } => remove(context, &vms, force).await,
         VmCommand::Park { vms } => each(context, &vms, "park").await,
-        VmCommand::Set { vms, life } => set(context, &vms, set_life(life)).await,
+        VmCommand::Set { vms, size, life } => set(context, &vms, resize(size), set_life(life)).await,
         VmCommand::Pause { vms } => each(context, &vms, "pause").await,
         VmCommand::Resume { vms } => each(context, &vms, "resume").await,
         VmCommand::Snapshot { vm, name } => super::snapshot::take(context, &vm, name).await,
@@ -204,12 +208,13 @@ pub(super) async fn list(context: &Context, quiet: bool) -> Result<u8> {
             .iter()
             .map(|vm| {
                 let host = vm.on_host.as_ref();
+                let size = size_of(vm);
                 vec![
                     vm.name.clone(),
                     vm.observed.name().to_string(),
                     vm.image.clone(),
-                    format!("{:#}", vm.profile.memory),
-                    vm.profile.cpus.to_string(),
+                    format!("{:#}", size.memory),
+                    size.cpus.to_string(),
                     host.map(|host| host.accelerator.name().to_string()).unwrap_or_default(),
                     host.and_then(|host| host.pid).map(|pid| pid.to_string()).unwrap_or_default(),
                     output::age(now.saturating_sub(vm.created_s)),
@@ -225,6 +230,11 @@ pub(super) async fn list(context: &Context, quiet: bool) -> Result<u8> {
 #[expect(clippy::disallowed_methods, reason = "ages in tables are told against the user's clock")]
 pub(super) fn now_s() -> u64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// What it has now; of one that does not run, what it began with.
+fn size_of(vm: &VmView) -> Size {
+    vm.on_host.as_ref().and_then(|host| host.size).unwrap_or(vm.profile.size())
 }
 
 async fn show(context: &Context, vm: &str, timing: bool) -> Result<u8> {
@@ -248,13 +258,23 @@ async fn show(context: &Context, vm: &str, timing: bool) -> Result<u8> {
         output::table(&["phase", "time", ""], rows);
         return Ok(0);
     }
+    let profile = &view.profile;
+    let has = size_of(&view);
+    let mut memory = format!("{:#}", has.memory);
+    if let Some(most) = profile.max_memory {
+        memory += &format!(" ({:#} to {most:#})", profile.memory);
+    }
+    let mut cpus = has.cpus.to_string();
+    if let Some(most) = profile.max_cpus {
+        cpus += &format!(" (1 to {most})");
+    }
     let mut lines = vec![
         ("name", view.name.clone()),
         ("id", view.id.to_string()),
         ("state", format!("{} {}", view.observed.name(), view.observed.detail()).trim_end().to_string()),
         ("image", view.image.clone()),
-        ("memory", format!("{:#}", view.profile.memory)),
-        ("cpus", view.profile.cpus.to_string()),
+        ("memory", memory),
+        ("cpus", cpus),
         ("network", format!("{:?}", view.profile.network).to_lowercase()),
         ("display", if view.profile.display { "yes" } else { "no" }.to_string()),
         ("version", view.version.to_string()),
@@ -329,14 +349,26 @@ fn set_life(arguments: LifeArguments) -> SetLife {
     SetLife { ttl: arguments.ttl, idle_park: arguments.idle_park }
 }
 
-async fn set(context: &Context, vms: &[String], life: SetLife) -> Result<u8> {
-    if life == SetLife::default() {
-        return Err(Error::invalid("nothing is to be set").with_hint("give --ttl TIME or --idle-park TIME"));
+fn resize(arguments: SizeArguments) -> Resize {
+    Resize { memory: arguments.memory, cpus: arguments.cpus }
+}
+
+async fn set(context: &Context, vms: &[String], resize: Resize, life: SetLife) -> Result<u8> {
+    if resize == Resize::default() && life == SetLife::default() {
+        return Err(Error::invalid("nothing is to be set")
+            .with_hint("give --memory SIZE, --cpus N, --ttl TIME or --idle-park TIME"));
     }
     let client = context.client()?;
     let mut views: Vec<VmView> = Vec::new();
     for vm in vms {
-        views.push(client.post(&format!("{}/life", path(vm)), &life).await?);
+        if resize != Resize::default() {
+            let resized: Resized = client.post(&format!("{}/size", path(vm)), &resize).await?;
+            resized.notes.iter().for_each(|note| output::note(&format!("VM {vm}: {note}")));
+        }
+        views.push(match life == SetLife::default() {
+            true => client.get(&path(vm)).await?,
+            false => client.post(&format!("{}/life", path(vm)), &life).await?,
+        });
     }
     if context.json {
         output::json(&views)?;

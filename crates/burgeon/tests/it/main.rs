@@ -11,6 +11,7 @@ mod disks;
 mod documents;
 mod elsewhere;
 mod full_disk;
+mod growth;
 mod holds;
 mod image_travels;
 mod images;

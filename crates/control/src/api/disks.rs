@@ -8,7 +8,7 @@ use burgeon_api::{
     Error, VmId,
     disk::{AttachDisk, CloneVm, DetachDisk, DiskChanged, DiskChanges, DiskView, NameSnapshot, ResizeDisk, check_name},
     host::{Begin, DiskRequest, Source},
-    vm::VmView,
+    vm::{Resize, VmView},
 };
 use burgeon_store::meta::{CloneSource, VmRow};
 use serde::Deserialize;
@@ -178,6 +178,7 @@ async fn clone(
             image,
             begin: Begin::Boot,
             keep: burgeon_api::substrate::Keep::default(),
+            resize: Resize::default(),
         }),
         ..VmRow::new(request.id, name, source.image, source.profile, now_s())
     };

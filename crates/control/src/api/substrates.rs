@@ -160,6 +160,7 @@ async fn activate(
     let life = Life::default().set(&request.life, now_s());
     let begin = (Begin::Substrate, request.keep);
     let mut rows = substrates::rows(&source, None, &image, begin, &request.ids, &request.names)?;
+    substrates::resize(&mut rows, request.resize)?;
     rows.iter_mut().for_each(|row| row.life = life.clone());
     let rows = substrates::provided(&state, rows, &request.provisions).await?;
     Ok(Json(rows.into_iter().map(|row| state.view(row)).collect()))

@@ -13,7 +13,7 @@ use burgeon_api::{
     http::{CreateVm, StopVm},
     image::Boot,
     life::{Life, SetLife},
-    vm::{Figures, Intent, Observed, VmView},
+    vm::{Figures, Intent, Observed, Resize, Resized, VmView},
 };
 use burgeon_host::stop_mode;
 use burgeon_plan::vm::{Start, is_over};
@@ -58,6 +58,16 @@ pub(super) fn add(routes: &mut Routes) {
         .add("post", "/v1/vms/{vm}/pause", "Have a running VM stand still, with all that it has in memory", pause)
         .gives(one.clone());
     routes.add("post", "/v1/vms/{vm}/resume", "Let a paused VM go on, with the right time", resume).gives(one.clone());
+    let (size_body, resized) = (routes.schema::<Resize>(), routes.schema::<Resized>());
+    routes
+        .add(
+            "post",
+            "/v1/vms/{vm}/size",
+            "Change how much memory and how many CPUs a VM has; of one that has stopped, from its next start on",
+            resize,
+        )
+        .takes(size_body)
+        .gives(resized);
     let life_body = routes.schema::<SetLife>();
     routes
         .add("post", "/v1/vms/{vm}/life", "Set when the VM is removed or parked by itself", set_life)
@@ -85,6 +95,10 @@ async fn make(State(state): State<Shared>, Json(request): Json<CreateVm>) -> Ans
     if !request.provisions.is_empty() && state.image(row.image.clone()).await?.boot != Boot::Agent {
         let what = format!("image {} has no agent, and its VMs take no environment, files or secrets", row.image);
         return Err(Error::refused(what).into());
+    }
+    if row.profile.max_cpus.is_some() && state.image(row.image.clone()).await?.boot != Boot::Agent {
+        let what = format!("image {} has no agent, and its VMs take no max_cpus", row.image);
+        return Err(Error::refused(what).with_hint("give it all its CPUs at once: cpus").into());
     }
     let mut rows = substrates::provided(&state, vec![row], &request.provisions).await?;
     let row = rows.pop().ok_or_else(|| Error::internal("no VM was recorded"))?;
@@ -232,6 +246,31 @@ async fn set_life(
     let row = state.meta.set_life(row.id, move |life| life.set(&request, now)).await?;
     state.kick.notify_one();
     Ok(Json(state.view(row)))
+}
+
+async fn resize(
+    State(state): State<Shared>,
+    Path(vm): Path<String>,
+    Json(request): Json<Resize>,
+) -> Answer<Json<Resized>> {
+    let row = state.meta.vm(&vm).await?;
+    if row.substrate.is_some() {
+        return Err(Error::refused(format!("{} is a substrate, and others go on from it as it is", row.name))
+            .with_hint(format!("give each its own size: burgeon vm create -s {} --memory SIZE --cpus N", row.name))
+            .into());
+    }
+    let (id, of_task) = (row.id, state.clone());
+    // Goes on to its end, whether or not the client waits for it.
+    let task = state.tasks.spawn(async move { of_task.host.resize(id, request).await });
+    let resized = task.await.map_err(|error| Error::internal(format!("it was broken off: {error}")))??;
+    state.kick.notify_one();
+    // Who looks next sees it, unless the guest changes meanwhile.
+    let seen = state.when(|seen| {
+        let size = seen.vms.iter().find(|vm| vm.id == id).and_then(|vm| vm.size);
+        (size == Some(resized.size)).then_some(Ok(()))
+    });
+    drop(timeout(Duration::from_secs(2), seen).await);
+    Ok(Json(resized))
 }
 
 async fn pause(state: State<Shared>, vm: Path<String>) -> Answer<Json<VmView>> {

@@ -178,6 +178,7 @@ fn running(id: VmId, name: String) -> HostVm {
         receipt: None,
         docked: None,
         snapshots: 0,
+        size: None,
     }
 }
 

@@ -271,6 +271,18 @@ impl AgentClient {
         self.ask_done(Request::Grow).await
     }
 
+    /// Has the guest use so many of its CPUs; how many it uses then. Without a number nothing changes. For agents of
+    /// revision 4 and later.
+    ///
+    /// # Errors
+    /// What the guest's kernel says; `Invalid` for more than there are; `Refused`, `Deadline`, `Unavailable`.
+    pub async fn cpus(&self, online: Option<u32>) -> Result<u32> {
+        match self.ask(Request::Cpus { online }, None, None).await?.0 {
+            Answer::Cpus(count) => Ok(count),
+            _ => Err(strange()),
+        }
+    }
+
     /// The guest's figures.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 /// Counts what was added to the messages within one version of the protocol. An agent lives as long as the memory that
 /// it is captured in, so a host meets older ones, and must not send them what they cannot read.
-pub const REVISION: u16 = 3;
+pub const REVISION: u16 = 4;
 
 /// What a host sends on stream 0.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,6 +97,10 @@ pub enum Request {
     /// follows; since [`REVISION`] 3.
     Provide {
         more: Vec<Provision>,
+    },
+    /// Uses so many of its CPUs, from the first one on; since [`REVISION`] 4. Without a number it tells how many it uses.
+    Cpus {
+        online: Option<u32>,
     },
 }
 
@@ -287,6 +291,8 @@ pub enum Answer {
         receipt: Receipt,
         more: Vec<Proof>,
     },
+    /// How many the guest uses; to [`Request::Cpus`].
+    Cpus(u32),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -108,6 +108,7 @@ fn host_messages() -> Vec<(&'static str, HostMessage)> {
                 ],
             }),
         ),
+        ("0107130103", ask(Request::Cpus { online: Some(3) })),
     ]
 }
 

@@ -32,6 +32,7 @@ fn host_vm(number: u8, observed: Observed) -> HostVm {
         receipt: None,
         docked: None,
         snapshots: 0,
+        size: None,
     }
 }
 

@@ -37,7 +37,7 @@ const COLLECT: [Step; 8] = [
 ];
 
 /// Those that the tests of the whole product die at.
-const ELSEWHERE: [Step; 27] = [
+const ELSEWHERE: [Step; 28] = [
     Step::Captured,
     Step::StateKept,
     Step::StateRecorded,
@@ -50,6 +50,7 @@ const ELSEWHERE: [Step; 27] = [
     Step::BundleStored,
     Step::TakenIn,
     Step::TakenInByHost,
+    Step::SizeWritten,
     Step::SnapshotCaptured,
     Step::SnapshotKept,
     Step::RollbackWanted,

@@ -3,8 +3,8 @@
 //! ```text
 //! mounts -> early modules -> the port -> [root: modules, device, mount, switch] -> Ready -> [the image's init]
 //! ```
-//! The initramfs holds `/init` (this program), `/burgeon/modules` and `/burgeon/modules.root` (paths below
-//! `/burgeon`, one a line, in the order of loading), and the device node `/dev/console`, which the kernel's
+//! The initramfs holds `/init` (this program), `/burgeon/modules`, `/burgeon/modules.growth` and `/burgeon/modules.root`
+//! (paths below `/burgeon`, one a line, in the order of loading), and the device node `/dev/console`, which the kernel's
 //! built-in archive brings too. Words of the kernel command line:
 //!
 //! | word | meaning |
@@ -50,6 +50,8 @@ const OWN_COPY: &str = "/run/burgeon/agent";
 /// systemd's last round of killing spares processes whose name begins so, as its documentation for root storage
 /// daemons says.
 const OWN_NAME: &str = "@burgeon-agent";
+/// As which a virtio device shows itself that brings memory.
+const MEMORY_DEVICE: &str = "0x0018";
 const PATIENCE: Duration = Duration::from_secs(10);
 /// The init may not wait for a host that is not there.
 const START_PATIENCE_MS: i64 = 5000;
@@ -89,6 +91,9 @@ pub(crate) fn run() {
     mount_basics(&mut setup.warnings);
     let words = Words::read(&fs::read_to_string("/proc/cmdline").unwrap_or_default());
     load_modules("/burgeon/modules", &mut setup.warnings);
+    if has_growth() {
+        load_modules("/burgeon/modules.growth", &mut setup.warnings);
+    }
     if let Some(name) = &words.name
         && let Err(error) = system::set_host_name(name)
     {
@@ -186,6 +191,13 @@ fn load_modules(list: &str, warnings: &mut Vec<String>) {
             Err(error) => warn(warnings, format!("cannot load module {line}: {error}")),
         }
     }
+}
+
+/// Whether there is memory that this guest may be given while it runs.
+fn has_growth() -> bool {
+    let devices = fs::read_dir("/sys/bus/virtio/devices").into_iter().flatten().flatten();
+    let mut kinds = devices.filter_map(|device| fs::read_to_string(device.path().join("device")).ok());
+    kinds.any(|kind| kind.trim() == MEMORY_DEVICE)
 }
 
 fn copy_self(warnings: &mut Vec<String>) {

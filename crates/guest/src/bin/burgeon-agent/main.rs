@@ -9,6 +9,7 @@ mod agent;
 mod boot;
 mod channel;
 mod connections;
+mod cpus;
 mod disk;
 mod each;
 mod exec;

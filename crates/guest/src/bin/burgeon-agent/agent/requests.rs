@@ -1,12 +1,15 @@
 //! What the host may ask of the agent.
 
-use std::time::{Duration, Instant};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use burgeon_guest::protocol::{Answer, Failure, FailureKind, Provision, Request, StopHow};
 
 use super::Agent;
 use crate::{
-    disk,
+    cpus, disk,
     exec::Exec,
     files::{self, Get, Put},
     freeze, identity, provisions,
@@ -80,6 +83,7 @@ impl Agent {
             }
             Request::Stop { how } => self.stop(how),
             Request::Grow => disk::grow_all(),
+            Request::Cpus { online } => cpus::set(Path::new(cpus::DIRECTORY), online).map(Answer::Cpus),
             Request::Settle { .. } | Request::Renew(_) | Request::RenewWith { .. } if !self.frozen => {
                 Err(failure(FailureKind::Unsupported, "the workload is not frozen"))
             }
