@@ -43,4 +43,7 @@ pub struct Receipt {
     pub hooks: Vec<PhaseTime>,
     /// Seconds since 1970.
     pub given_s: u64,
+    /// The same in microseconds: a VM may show several in one second.
+    #[serde(default)]
+    pub given_us: u64,
 }

@@ -147,6 +147,7 @@ fn receipt(shown: protocol::Receipt, more: &[Proof], origin: String, now_ns: u64
         ssh_host_key,
         hooks: hooks.collect(),
         given_s: now_ns / 1_000_000_000,
+        given_us: now_ns / 1000,
     }
 }
 

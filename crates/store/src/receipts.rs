@@ -20,12 +20,12 @@ pub(crate) const MIGRATION: &str = "
         boot_id TEXT,
         ssh_host_key TEXT,
         machine_id TEXT,
-        given_s INTEGER NOT NULL,
+        given_us INTEGER NOT NULL,
         receipt TEXT NOT NULL
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX receipt_vm ON receipt (vm);
     CREATE INDEX receipt_name ON receipt (name);
-    CREATE INDEX receipt_given ON receipt (given_s);
+    CREATE INDEX receipt_given ON receipt (given_us);
     CREATE UNIQUE INDEX receipt_sample ON receipt (sample);
     CREATE UNIQUE INDEX receipt_boot_id ON receipt (boot_id);
     CREATE UNIQUE INDEX receipt_ssh_host_key ON receipt (ssh_host_key);
@@ -60,7 +60,7 @@ impl Meta {
                 if count > most {
                     connection.execute(
                         "DELETE FROM receipt WHERE generation IN (SELECT generation FROM receipt
-                         WHERE vm NOT IN (SELECT id FROM vm) ORDER BY given_s, generation LIMIT $1)",
+                         WHERE vm NOT IN (SELECT id FROM vm) ORDER BY given_us, generation LIMIT $1)",
                         &[(count - most).into()],
                     )?;
                 }
@@ -78,7 +78,7 @@ impl Meta {
         self.database
             .read("list receipts", move |connection| {
                 let sql =
-                    "SELECT vm, name, receipt FROM receipt WHERE vm = $1 OR name = $1 ORDER BY given_s, generation";
+                    "SELECT vm, name, receipt FROM receipt WHERE vm = $1 OR name = $1 ORDER BY given_us, generation";
                 let rows = connection.query(sql, &[key.as_str().into()])?;
                 rows.iter().map(read).collect()
             })
@@ -139,7 +139,7 @@ fn insert(connection: &mut Connection, one: &KeptReceipt) -> Result<()> {
             known_of(&receipt.boot_id).cloned().into(),
             receipt.ssh_host_key.clone().into(),
             known_of(&receipt.machine_id).cloned().into(),
-            receipt.given_s.into(),
+            receipt.given_us.max(receipt.given_s.saturating_mul(1_000_000)).into(),
             to_json(receipt).into(),
         ],
     )?;

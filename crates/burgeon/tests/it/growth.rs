@@ -95,6 +95,7 @@ fn a_vm_grows_and_its_forks_have_what_it_has() {
     let done = lab.run(&["vm", "set", "c", "--memory", "320M", "--cpus", "2"]);
     assert!(!lab.has_yet_to_die() && done.code == 1, "{done:?}");
     until("c has that", || lab.size("c") == size("320M", 2));
+    until("c answers", || lab.run(&["exec", "c", "true"]).code == 0);
     assert_eq!((lab.said("c", SUM), lab.said("c", "nproc")), (sum, "2".into()));
 
     // It gives back what it does not use. A snapshot has the size that the VM had.
