@@ -23,7 +23,7 @@ use crate::{
     cut::Cutter,
     hold::{Hold, Purpose},
     map::{self, NodeSink},
-    pack::{RECORD_HEADER_BYTES, RecordHeader},
+    pack::{RECORD_HEADER_BYTES, RecordHeader, fill},
     wire,
 };
 
@@ -122,7 +122,7 @@ impl<R: Read> Bundle<R> {
     pub fn open(mut reader: R) -> Result<Bundle<R>> {
         let mut header = [0; BLOCK_BYTES];
         let what = "the file's header";
-        let got = fill(&mut reader, &mut header)?;
+        let got = fill(&mut reader, &mut header).map_err(unreadable)?;
         if got < 4 || header[..4] != MAGIC {
             return Err(Error::invalid("the file is no exported substrate")
                 .with_hint("burgeon substrate export NAME FILE makes one"));
@@ -139,7 +139,7 @@ impl<R: Read> Bundle<R> {
             return Err(Error::damaged(format!("{what} tells of a manifest of {length} bytes")));
         }
         let mut manifest = Vec::new();
-        (&mut reader).take(length.into()).read_to_end(&mut manifest).map_err(|error| unreadable(&error))?;
+        (&mut reader).take(length.into()).read_to_end(&mut manifest).map_err(unreadable)?;
         let read = (BLOCK_BYTES + manifest.len()) as u64;
         if manifest.len() as u64 != u64::from(length) {
             return Err(truncated(read));
@@ -172,7 +172,7 @@ impl<R: Read> Bundle<R> {
         loop {
             watch("import", self.read, 0)?;
             let mut block = [0; BLOCK_BYTES];
-            let got = fill(&mut self.reader, &mut block)?;
+            let got = fill(&mut self.reader, &mut block).map_err(unreadable)?;
             if got < block.len() {
                 return Err(truncated(self.read + got as u64));
             }
@@ -187,7 +187,7 @@ impl<R: Read> Bundle<R> {
             }
             let header = RecordHeader::decode(&block).map_err(here)?;
             let mut stored = vec![0; header.stored as usize];
-            let got = fill(&mut self.reader, &mut stored)?;
+            let got = fill(&mut self.reader, &mut stored).map_err(unreadable)?;
             if got < stored.len() {
                 return Err(truncated(at + (BLOCK_BYTES + got) as u64));
             }
@@ -199,7 +199,7 @@ impl<R: Read> Bundle<R> {
                 Kind::MapNode => NodeSink::put(&mut writer, record.id, record.plain)?,
             }
         }
-        if fill(&mut self.reader, &mut [0])? > 0 {
+        if fill(&mut self.reader, &mut [0]).map_err(unreadable)? > 0 {
             return Err(Error::damaged(format!("the file goes on behind its end, at byte {}", self.read)));
         }
         writer.flush()?;
@@ -234,22 +234,9 @@ fn truncated(at: u64) -> Error {
     Error::damaged(format!("the file ends at byte {at}, before its end")).with_hint("export the substrate again")
 }
 
-fn unreadable(error: &io::Error) -> Error {
-    Error::io("read the file", error)
-}
-
-/// Reads until `bytes` are full or the reader is at its end, and says how many came.
-fn fill(reader: &mut impl Read, bytes: &mut [u8]) -> Result<usize> {
-    let mut got = 0;
-    while got < bytes.len() {
-        match reader.read(&mut bytes[got..]) {
-            Ok(0) => break,
-            Ok(more) => got += more,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(unreadable(&error)),
-        }
-    }
-    Ok(got)
+#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
+fn unreadable(error: io::Error) -> Error {
+    Error::io("read the file", &error)
 }
 
 #[cfg(test)]

@@ -20,6 +20,7 @@ pub use footer::{ENTRY_BYTES, TRAILER_BYTES, Tail, Trailer, read_index};
 #[cfg(feature = "s3")]
 pub(crate) use reads::{Wanted, reads, record_bytes};
 pub use record::{RECORD_HEADER_BYTES, Record, RecordHeader, read_record};
+pub(crate) use scan::fill;
 pub use scan::{Salvage, scan};
 pub use writer::{Finished, PackWriter};
 

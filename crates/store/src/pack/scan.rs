@@ -93,7 +93,7 @@ fn footer_follows(pack: PackId, salvage: &Salvage, read: &[u8], reader: impl Rea
 }
 
 /// Reads until `bytes` are full or the reader is at its end, and says how many came.
-fn fill(reader: &mut impl Read, bytes: &mut [u8]) -> io::Result<usize> {
+pub(crate) fn fill(reader: &mut impl Read, bytes: &mut [u8]) -> io::Result<usize> {
     let mut got = 0;
     while got < bytes.len() {
         match reader.read(&mut bytes[got..]) {

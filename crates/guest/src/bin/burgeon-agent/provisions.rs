@@ -107,7 +107,7 @@ fn put_secret(name: &[u8], content: &[u8]) -> Result<(), Failure> {
     }
     let directory = Path::new(SECRETS);
     fs::create_dir_all(directory)
-        .and_then(|()| fs::set_permissions(directory, fs::Permissions::from_mode(0o755)))
+        .and_then(|()| fs::set_permissions(directory, fs::Permissions::from_mode(0o700)))
         .and_then(|()| replace(&directory.join(std::ffi::OsStr::from_bytes(name)), content, 0o400))
         .map_err(cannot)
 }
